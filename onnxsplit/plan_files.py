@@ -177,6 +177,15 @@ def check_file(folder: Path, entry: FileEntry) -> list[str]:
     return [] if digest == entry.sha256 else [f"{entry.name}: its SHA-256 is not the plan's"]
 
 
+def is_damaged(folder: Path) -> bool:
+    """Whether a plan directory cannot be loaded."""
+    try:
+        load_plan(folder)
+    except PlanError:
+        return True
+    return False
+
+
 def example_file(folder: Path, plan: Plan) -> Path:
     """The file of the plan's own example inputs.
 

@@ -8,6 +8,7 @@ from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import Any, Generic, Protocol, TypeVar
 
+from runtime.errors import PipelineError
 from runtime.requests.event_loop import off_the_loop
 
 
@@ -28,6 +29,7 @@ class PipelineOpening(AbstractAsyncContextManager[T], Generic[T]):
     def __init__(self, start: Callable[[Callable[[], bool]], T]) -> None:
         self._start = start
         self._opened: T | None = None
+        self._used = False
 
     def __await__(self) -> Generator[Any, None, T]:
         return self._open().__await__()
@@ -44,6 +46,9 @@ class PipelineOpening(AbstractAsyncContextManager[T], Generic[T]):
             await opened.aclose()
 
     async def _open(self) -> T:
+        if self._used:
+            raise PipelineError("this was opened before; call Pipeline.open again for another pipeline")
+        self._used = True
         abandoned = threading.Event()
         opened: list[T] = []
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
-from onnxsplit.errors import InputError, PlanError
+from onnxsplit.errors import InputError, PlanError, shown
+from onnxsplit.plan_files import is_damaged
 from onnxsplit.tensors import Array
 from runtime.launcher import Launcher
 from runtime.opening import PipelineOpening
@@ -21,15 +22,7 @@ from runtime.requests.event_loop import EventLoopEntrance, off_the_loop
 from runtime.requests.generate_options import GenerateArguments
 from runtime.requests.generation import Generation
 from runtime.requests.generator import Generator
-from runtime.requests.mapping import (
-    Counted,
-    Outputs,
-    Progress,
-    as_they_come,
-    as_they_come_async,
-    in_order,
-    in_order_async,
-)
+from runtime.requests.mapping import AsyncMap, Counted, Items, MapArguments, Outputs, as_they_come, in_order
 from runtime.requests.normalize import normal_timeout_ns
 from runtime.requests.request import Answering
 from runtime.starting import PreparedPipeline, end_dropped, launch_nodes, wait_for_nodes
@@ -52,7 +45,7 @@ class Pipeline(PipelineStatus):
         super().__init__(started.plan, started.folder, coordinator, started.admission, entrance)
         self._asynchronous = EventLoopEntrance(entrance, started.admission)
         self._generator = Generator(coordinator, started.plan, entrance.check_open)
-        self._finalizer = weakref.finalize(self, end_dropped, coordinator, started.folder.name, os.getpid())
+        self._finalizer = weakref.finalize(self, end_dropped, coordinator, self._name, os.getpid())
         self._finalizer.atexit = False  # nodes end when this process does
         self._release_plan: Callable[[], object] = lambda: None
         try:
@@ -159,6 +152,8 @@ class Pipeline(PipelineStatus):
         from onnxsplit import PlanCache
 
         RunOptions.of(options)  # before the model is cut
+        if not isinstance(cut, Mapping | None):
+            raise InputError(f"cut must map options of partition to values, not {shown(cut)}")
         wanted: PartitionArguments = {**(cut or {})}
         if stages is not None:
             wanted["stages"] = stages
@@ -167,9 +162,13 @@ class Pipeline(PipelineStatus):
             folder = cache.plan(model, **wanted)
             try:
                 pipeline = cls.launch(folder, launcher=launcher, **options)
-            except PlanError:  # it is damaged
+            except PlanError:
+                if not is_damaged(folder):
+                    raise
                 cache.discard(folder)
-                pipeline = cls.launch(cache.plan(model, **wanted), launcher=launcher, **options)
+                if launcher is not None:  # it was closed
+                    raise
+                pipeline = cls.launch(cache.plan(model, **wanted), **options)
         except BaseException:
             cache.close()
             raise
@@ -273,24 +272,21 @@ class Pipeline(PipelineStatus):
 
     @overload
     def map(
-        self, items: Iterable[InputsLike], *, ordered: Literal[True] = True, outputs: Sequence[str] | None = None,
-        timeout: float | None = None, progress: Progress | None = None,
-    ) -> Iterator[Outputs]: ...  # fmt: skip
+        self, items: Iterable[InputsLike], *, ordered: Literal[True] = True, **options: Unpack[MapArguments]
+    ) -> Iterator[Outputs]: ...
 
     @overload
     def map(
-        self, items: Iterable[InputsLike], *, ordered: Literal[False], outputs: Sequence[str] | None = None,
-        timeout: float | None = None, progress: Progress | None = None,
-    ) -> Iterator[tuple[int, Outputs]]: ...  # fmt: skip
+        self, items: Iterable[InputsLike], *, ordered: Literal[False], **options: Unpack[MapArguments]
+    ) -> Iterator[tuple[int, Outputs]]: ...
+
+    @overload
+    def map(
+        self, items: Iterable[InputsLike], *, ordered: bool, **options: Unpack[MapArguments]
+    ) -> Iterator[Outputs] | Iterator[tuple[int, Outputs]]: ...
 
     def map(
-        self,
-        items: Iterable[InputsLike],
-        *,
-        ordered: bool = True,
-        outputs: Sequence[str] | None = None,
-        timeout: float | None = None,
-        progress: Progress | None = None,
+        self, items: Iterable[InputsLike], *, ordered: bool = True, **options: Unpack[MapArguments]
     ) -> Iterator[Outputs] | Iterator[tuple[int, Outputs]]:
         """Run a request for each item. Results come one by one, while further requests are in flight.
 
@@ -302,47 +298,46 @@ class Pipeline(PipelineStatus):
             items: the inputs of each request, as for :meth:`submit`.
             ordered: True gives the outputs in the order of the items. False gives pairs of an item's position and its
                 outputs as they come.
-            outputs: as for :meth:`submit`.
-            timeout: the most seconds of each request, as for :meth:`submit`.
-            progress: called with the number of results so far, and with the number of items (None if it is not known).
+            options: ``outputs`` and ``timeout`` of each request, as for :meth:`submit`; and ``progress``, a function
+                that is called with the number of results so far, and of items (None if it is not known).
 
         Raises:
             InputError, PipelineError: as for :meth:`submit` and its future, when a result is taken.
         """
-        counted = Counted(items, progress)
+        counted = Counted(items, options)
         run = in_order if ordered else as_they_come
-        return run(
-            iter(items), lambda item: self.submit(item, outputs=outputs, timeout=timeout), self.inflight, counted
-        )
+        submit = lambda item: self.submit(item, **counted.each)  # noqa: E731
+        return run(iter(items), submit, self.inflight, counted, self.entrance.later)
 
     @overload
     def amap(
-        self, items: Iterable[InputsLike] | AsyncIterable[InputsLike], *, ordered: Literal[True] = True,
-        outputs: Sequence[str] | None = None, timeout: float | None = None, progress: Progress | None = None,
-    ) -> AsyncIterator[Outputs]: ...  # fmt: skip
+        self, items: Items[InputsLike], *, ordered: Literal[True] = True, **options: Unpack[MapArguments]
+    ) -> AsyncIterator[Outputs]: ...
 
     @overload
     def amap(
-        self, items: Iterable[InputsLike] | AsyncIterable[InputsLike], *, ordered: Literal[False],
-        outputs: Sequence[str] | None = None, timeout: float | None = None, progress: Progress | None = None,
-    ) -> AsyncIterator[tuple[int, Outputs]]: ...  # fmt: skip
+        self, items: Items[InputsLike], *, ordered: Literal[False], **options: Unpack[MapArguments]
+    ) -> AsyncIterator[tuple[int, Outputs]]: ...
+
+    @overload
+    def amap(
+        self, items: Items[InputsLike], *, ordered: bool, **options: Unpack[MapArguments]
+    ) -> AsyncIterator[Outputs] | AsyncIterator[tuple[int, Outputs]]: ...
 
     def amap(
-        self,
-        items: Iterable[InputsLike] | AsyncIterable[InputsLike],
-        *,
-        ordered: bool = True,
-        outputs: Sequence[str] | None = None,
-        timeout: float | None = None,
-        progress: Progress | None = None,
+        self, items: Items[InputsLike], *, ordered: bool = True, **options: Unpack[MapArguments]
     ) -> AsyncIterator[Outputs] | AsyncIterator[tuple[int, Outputs]]:
         """The same as :meth:`map`, for ``async for`` in an event loop, which goes on meanwhile.
 
         The items may also come from an asynchronous iterable.
         """
-        counted = Counted(items, progress)
-        run = in_order_async if ordered else as_they_come_async
-        return run(items, lambda item: self.arun(item, outputs=outputs, timeout=timeout), self.inflight, counted)
+        counted = Counted(items, options)
+        given = counted.each
+        submit = lambda item: self._asynchronous.submit(  # noqa: E731
+            item, given.get("outputs"), deadline_of(given.get("timeout"))
+        )
+        mapped = AsyncMap(items, submit, self.inflight, counted)
+        return mapped.in_order() if ordered else mapped.as_they_come()
 
     def generate(
         self,

@@ -47,6 +47,7 @@ class PipelineStatus:
         self.entrance = entrance
         self.max_length = None if coordinator.limits is None else coordinator.limits.length
         self._folder = folder
+        self._name = folder.resolve().name
         self._shared_coordinator = coordinator  # with forks of this process
 
     @property
@@ -57,7 +58,7 @@ class PipelineStatus:
 
     def __repr__(self) -> str:
         stages = len(self.plan.stages)
-        return f"<Pipeline {self._folder.name}: {stages} stage{'s' * (stages != 1)}, {self._condition}>"
+        return f"<Pipeline {self._name}: {stages} stage{'s' * (stages != 1)}, {self._condition}>"
 
     @property
     def _condition(self) -> str:
@@ -83,7 +84,7 @@ class PipelineStatus:
             took = f"{mean_ms:.3g} ms" if runs else "no request yet"
             lines = (f"{ready} of {len(nodes)} nodes ready", f"{took}, planned {stage.predicted_time_ns / 1e6:.3g} ms")
             boxes.append(StageBox(f"stage {stage.index}", lines, good=ready > 0))
-        return drawing_of(f"{self._folder.name}: {self._condition}", boxes, self.plan.edges())
+        return drawing_of(f"{self._name}: {self._condition}", boxes, self.plan.edges())
 
     @property
     def nodes(self) -> tuple[NodeInfo, ...]:

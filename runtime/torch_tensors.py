@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from onnxsplit.errors import InputError, MissingDependency, shown
+from onnxsplit.errors import InputError, MissingDependency, one_line, shown
 from onnxsplit.tensors import ML_DTYPES, Array, dtype_name
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ def to_torch(outputs: Mapping[str, Array]) -> dict[str, torch.Tensor]:
         import torch
     except ImportError as error:
         raise MissingDependency("PyTorch is not installed: pip install torch") from error
+    if not isinstance(outputs, Mapping) or not all(isinstance(array, np.ndarray) for array in outputs.values()):
+        raise InputError(f"to_torch takes the outputs of a request, arrays by name, and not {shown(outputs)}")
     tensors = {}
     for name, array in outputs.items():
         onnx_type = dtype_name(array.dtype)
@@ -35,6 +37,8 @@ def to_torch(outputs: Mapping[str, Array]) -> dict[str, torch.Tensor]:
             else:
                 bits = array.view(np.int16 if array.dtype.itemsize == 2 else np.uint8)
                 tensors[name] = torch.from_numpy(bits).view(getattr(torch, narrow))
+        except ValueError as error:
+            raise InputError(f"output {shown(name)} cannot be shared with PyTorch: {one_line(error)}") from error
         except (TypeError, AttributeError) as error:
             raise InputError(
                 f"output {shown(name)} has the type {onnx_type or shown(array.dtype)}, which PyTorch "

@@ -30,13 +30,15 @@ _MOST_TEXT_BYTES = 256 << 20
 _MOST_END_TOKENS = 4096
 _MOST_PATTERN = 1000  # characters of the pattern of a name
 _MOST_ENTRIES = 10_000  # of a folder that are looked at for models
-_TEXT = (
+TEXT_FILES = (
     TOKENIZER,
     "tokenizer_config.json",
     "chat_template.jinja",
     "generation_config.json",
     "genai_config.json",
 )
+"""The files beside a model that its plan takes over, or that say how its texts are written."""
+
 _NESTED = ("text_config", "language_config", "llm_config")  # the decoder's part of a model of several kinds of input
 
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length", "n_ctx")
@@ -116,7 +118,7 @@ def read_beside(folder: Path | None, tokenizer: str | None = None) -> Beside:
 
 def _text(places: Iterable[Path], tokenizer: str | None, notes: list[str]) -> tuple[Path, ...]:
     """The files for the tokenizer and the chat template; none where the tokenizer is another model's."""
-    found = [path for name in _TEXT if (path := _found(places, name, _MOST_TEXT_BYTES, notes)) is not None]
+    found = [path for name in TEXT_FILES if (path := _found(places, name, _MOST_TEXT_BYTES, notes)) is not None]
     for path in found:
         if tokenizer is None or path.name != TOKENIZER:
             continue

@@ -5,21 +5,25 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Unpack
 
 import numpy as np
 
 import onnxsplit
+from onnxsplit.arguments import check_names, option_names
+from onnxsplit.decoder.files import TEXT_FILES
 from onnxsplit.errors import PlanError
 from onnxsplit.file_cache import LockedCache, cache_folder
 from onnxsplit.model.external_data import is_external, location_of
 from onnxsplit.model.in_memory import ModelLike, open_any
 from onnxsplit.model.protobuf import graph_tensors
 from onnxsplit.model.source import SourceModel
+from onnxsplit.planning.examine import ModelOptions
+from onnxsplit.planning.options import CURRENT_NAMES, CutOptions
 from onnxsplit.planning.planner import PartitionArguments, partition
-from onnxsplit.providers import runtime_version
 from onnxsplit.session import host_cores
 
 _UNUSED_S = 30 * 24 * 3600.0
@@ -39,19 +43,20 @@ class PlanCache(LockedCache):
     def __init__(self) -> None:
         super().__init__(cache_folder("plans"))
 
-    def plan(self, model: ModelLike, **options: Unpack[PartitionArguments]) -> Path:
+    def plan(self, model: ModelLike, /, **options: Unpack[PartitionArguments]) -> Path:
         """The plan of a model, which is cut if the cache does not hold it. The plan stays until :meth:`close`.
 
         Processes that ask for the same plan wait for one of them to make it.
 
         Args:
             model: as for :func:`onnxsplit.partition`.
-            options: the other arguments of :func:`onnxsplit.partition`.
+            options: the options of :func:`onnxsplit.partition`.
 
         Raises:
             PartitionError, ModelError, InputError: as for :func:`onnxsplit.partition`.
             PlanError: the cache cannot be written.
         """
+        check_names(options, [*option_names(CutOptions, ModelOptions), *CURRENT_NAMES])
         source = open_any(model)
         name = _NOT_IN_NAMES.sub("_", source.path.stem)[:_MOST_NAME]
         key = f"{name}-{_digest(source, options)}"
@@ -75,9 +80,16 @@ def _digest(source: SourceModel, options: Mapping[str, object]) -> str:
     folder = source.place.parent
     tensors = filter(is_external, graph_tensors(source.proto.graph))
     data = sorted({folder / location_of(tensor) for tensor in tensors})
-    known = [onnxsplit.__version__, runtime_version(), host_cores(), source.sha256, *map(_stamp, data)]
-    known += [(name, _told(options[name])) for name in sorted(options) if name != "say"]
+    beside = [folder / name for name in TEXT_FILES] if source.path.is_file() else []
+    known: list[object] = [onnxsplit.__version__, _runtimes(), host_cores(), source.sha256]
+    known += [_stamp(file) for file in (*data, *beside)]
+    known += [(name, _told(options[name])) for name in sorted(options)]
     return hashlib.sha256(repr(known).encode()).hexdigest()[:_KEY_CHARACTERS]
+
+
+def _runtimes() -> list[tuple[str, str]]:
+    """The installed builds of ONNX Runtime and their versions. ONNX Runtime is not imported for that."""
+    return sorted({(one.name, one.version) for one in distributions() if one.name.startswith("onnxruntime")})
 
 
 def _told(value: object) -> object:
@@ -90,9 +102,9 @@ def _told(value: object) -> object:
         return os.fspath(value), _stamp(Path(value))
     if isinstance(value, Mapping):
         return [(_told(key), _told(value[key])) for key in value]
-    if isinstance(value, Iterable) and not isinstance(value, bytes):
+    if isinstance(value, list | tuple | set | frozenset):
         return [_told(one) for one in value]
-    return value
+    return _told(np.asarray(value)) if hasattr(value, "__array__") else value
 
 
 def _stamp(file: Path) -> object:
@@ -101,4 +113,4 @@ def _stamp(file: Path) -> object:
         found = file.stat()
     except (OSError, ValueError):
         return None
-    return str(file.absolute()), found.st_size, found.st_mtime_ns
+    return str(file.absolute()), found.st_size, found.st_mtime_ns, found.st_ctime_ns

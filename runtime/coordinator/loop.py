@@ -264,6 +264,7 @@ class Coordinator:
                     self.requests.wakeup.ring()
             with self.requests.lock:
                 self._turn(events, control, beats=beats)
+            self._inbox.make_calls()
             self.requests.answers.deliver()
             self._tell_progress()
             ready = channels.sockets.wait(self._patience_s(next_beat, control))

@@ -60,6 +60,7 @@ class RequestIO(RequestEffects):
         sequences: the sequences.
         wakeup: wakes the thread that receives results, to deliver answers.
         traced: the recorded requests and steps.
+        inbox: passes events and calls to the coordinator's thread.
         stopped: whether sending has stopped.
         ended: whether all requests have ended, and no more are accepted.
     """
@@ -84,7 +85,7 @@ class RequestIO(RequestEffects):
         self.ended = False
         self._machine = machine
         self._payloads = payloads
-        self._inbox = inbox
+        self.inbox = inbox
         self._replay = replay
         self._trace = trace
         self._reason: PipelineError | None = None
@@ -127,7 +128,7 @@ class RequestIO(RequestEffects):
             if pending is not None:
                 self._place(pending, number, inputs)
                 if deadline_ns is not None:
-                    self._inbox.expect(deadline_ns)
+                    self.inbox.expect(deadline_ns)
             self._schedule_delivery()
         except BaseException:
             with self.lock:
@@ -204,7 +205,7 @@ class RequestIO(RequestEffects):
                 self.sequences.streams[number] = stream
                 self.handle(SequenceSubmitted(number, prompt, max_tokens, sampling, scores, wait, deadline_ns, now))
             if deadline_ns is not None:
-                self._inbox.expect(deadline_ns)
+                self.inbox.expect(deadline_ns)
             self._schedule_delivery()
         except BaseException:
             self.give_up_later(number)
@@ -219,7 +220,7 @@ class RequestIO(RequestEffects):
 
     def give_up_later(self, number: int) -> None:
         """The same, in the coordinator's thread. This takes no lock, so any code may call it at any time."""
-        self._inbox.post(GivenUp(number))
+        self.inbox.post(GivenUp(number))
 
     def _schedule_delivery(self) -> None:
         """Let the thread that receives results deliver new answers, so that an interrupt of this thread loses none.
@@ -245,7 +246,7 @@ class RequestIO(RequestEffects):
         on_requests, on_nodes = self._machine.handle(event)
         self.perform_all(on_requests)
         if on_nodes:
-            self._inbox.leave(on_nodes)
+            self.inbox.leave(on_nodes)
 
     def enter(self, enter: Enter) -> None:
         """Begin an attempt, now or as soon as the inputs are placed."""

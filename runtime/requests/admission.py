@@ -18,7 +18,7 @@ class _Waiting:
 
     place: object
     size: int
-    admitted: Callable[[], None]
+    admitted: Callable[[], bool]
 
 
 class Admission:
@@ -65,7 +65,12 @@ class Admission:
         if not block:
             return False
         turn: SimpleQueue[None] = SimpleQueue()
-        if self.join(place, size, lambda: turn.put(None)):
+
+        def admitted() -> bool:
+            turn.put(None)
+            return True
+
+        if self.join(place, size, admitted):
             return True
         try:
             turn.get(timeout=timeout)
@@ -77,14 +82,14 @@ class Admission:
             return False
         return True
 
-    def join(self, place: object, size: int, admitted: Callable[[], None] | None) -> bool:
+    def join(self, place: object, size: int, admitted: Callable[[], bool] | None) -> bool:
         """Admit a request at once, or let it wait in line, without blocking.
 
         Args:
             place: identifies the request. :meth:`leave` also ends its waiting.
             size: bytes of its tensors.
-            admitted: called once, in any thread, when a request that waits has been admitted. None does not let it
-                wait.
+            admitted: called once, in any thread, when a request that waits has been admitted. It returns False if
+                nobody waits any more; then the place is given back. None does not let the request wait.
 
         Returns:
             True when it was admitted at once.
@@ -120,7 +125,17 @@ class Admission:
 
     def leave(self, place: object) -> None:
         """Give a place back, or stop waiting for it."""
-        admitted = []
+        leaving = [place]
+        while leaving:
+            admitted, callbacks = self._leave(leaving.pop())
+            leaving += [waiting.place for waiting in admitted if not waiting.admitted()]
+            for callback in callbacks:
+                callback()
+
+    def _leave(self, place: object) -> tuple[list[_Waiting], list[Callable[[], None]]]:
+        """Give a place back; returns the requests that are admitted now, and the callbacks of a release."""
+        admitted: list[_Waiting] = []
+        callbacks: list[Callable[[], None]] = []
         with self._lock:
             released = self._places.pop(place, None) is not None
             if not released:
@@ -130,13 +145,11 @@ class Admission:
             while self._waiting and self._fits(self._waiting[0].size) and self._is_worth_waking:
                 first = self._waiting.popleft()
                 self._places[first.place] = first.size
-                admitted.append(first.admitted)
-            callbacks: list[Callable[[], None]] = []
+                admitted.append(first)
             if released:
                 self.releases += 1
                 callbacks, self._on_release = self._on_release, callbacks
-        for callback in (*admitted, *callbacks):
-            callback()
+        return admitted, callbacks
 
     def when_released(self, releases: int, callback: Callable[[], None]) -> None:
         """Call ``callback`` once, in any thread, as soon as there have been more than ``releases`` releases.

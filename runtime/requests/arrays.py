@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.ma  # imported here, because an interrupted import in a request would break all later ones
@@ -24,13 +24,25 @@ from onnxsplit.tensors import ML_DTYPES, Array, numpy_dtype
 Specs = Mapping[str, tuple[str, Sequence[int | str] | None]]
 """By name, the ONNX type and the shape of the inputs of a model."""
 
-InputsLike: TypeAlias = "Mapping[str, ArrayLike] | ArrayLike"
+
+class SupportsDLPack(Protocol):
+    """An array of a library that speaks DLPack."""
+
+    def __dlpack_device__(self) -> tuple[Any, int]: ...
+
+    def __dlpack__(self) -> Any: ...
+
+
+InputsLike: TypeAlias = Mapping[str, ArrayLike | SupportsDLPack] | ArrayLike | SupportsDLPack
 """The inputs of a request: arrays by name, one array, or a table."""
 
 _MOST_CHARACTERS = 200  # characters of a caller's value in a message
+_MASKED = "masked entries, which a model cannot represent; fill them with filled()"
 _TEXT_KINDS = "OUST"  # objects, fixed-width unicode and bytes, and NumPy's own strings
 _HOST_DEVICES = (1, 3)  # kDLCPU and kDLCUDAHost of DLPack
-_PYTHON = (bool, int, float, list, tuple)
+_PYTHON = (bool, int, float, list, tuple, range, np.generic)
+_EXACT = 2.0**63  # a larger whole number is compared with itself after rounding
+_PLAIN = frozenset({bool, int, float, complex, str, bytes})
 
 
 def by_name(inputs: object, specs: Specs, required: Sequence[str]) -> Mapping[Any, object]:
@@ -77,15 +89,17 @@ def to_array(name: str, value: object, expected: str | None, rank: int | None) -
     try:
         if is_frame(value):
             return _table(name, value, expected)
-        array = _on_host(value)
+        if expected == "string":
+            texts = value.to_list() if hasattr(value, "to_list") else value
+            array = np.array(texts, object) if isinstance(texts, str | bytes | list | tuple) else _on_host(texts)
+        else:
+            array = _on_host(_of_plain_values(value) if isinstance(value, list | tuple) else value)
     except InputError:
         raise
     except Exception as error:  # a value's own conversion may raise anything
         raise InputError(f"input {shown(name)} cannot be made an array: {one_line(error, _MOST_CHARACTERS)}") from error
     if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
-        raise InputError(
-            f"input {shown(name)} has masked entries, which a model cannot represent; fill them with filled()"
-        )
+        raise InputError(f"input {shown(name)} has {_MASKED}")
     if expected is None:
         return array
     if hasattr(value, "to_numpy"):
@@ -120,6 +134,23 @@ def _on_host(value: Any) -> Array:
     return np.asarray(value)
 
 
+def _of_plain_values(values: list[Any] | tuple[Any, ...]) -> object:
+    """A list whose tensors are arrays of NumPy, which NumPy could not convert within a list.
+
+    Raises:
+        InputError: entries are masked, which NumPy would not notice.
+    """
+    if set(map(type, values)) <= _PLAIN:
+        return values
+    plain: list[object] = []
+    for value in values:
+        if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
+            raise InputError(f"an entry of the input has {_MASKED}")
+        within = isinstance(value, list | tuple)
+        plain.append(_of_plain_values(value) if within else value if type(value) in _PLAIN else _on_host(value))
+    return plain
+
+
 def _of_torch(tensor: Any) -> Array:
     """A tensor of PyTorch. NumPy lacks some of its types, whose bits are taken instead."""
     plain = tensor.detach().cpu().resolve_conj().resolve_neg()
@@ -136,6 +167,8 @@ def _of_torch(tensor: Any) -> Array:
 def _table(name: str, frame: Any, expected: str | None) -> Array:
     """All columns of a table, as an array of two dimensions."""
     columns = list(frame.columns)
+    if len(set(columns)) < len(columns):
+        raise InputError(f"the table for input {shown(name)} has several columns of the same name; rename them")
     if expected is None:
         return np.asarray(frame.to_numpy())
     arrays = [_fitted(f"{name}, column {column}", _on_host(frame[column]), expected, frame) for column in columns]
@@ -145,6 +178,10 @@ def _table(name: str, frame: Any, expected: str | None) -> Array:
 def _fitted(name: str, array: Array, expected: str, value: object) -> Array:
     """Numbers in the expected type. Fractions are rounded to it; nothing else may change."""
     wanted = numpy_dtype(expected)
+    if wanted == np.uint64 and array.dtype.kind in "fO" and isinstance(value, list | tuple | int):
+        whole = np.array(value, object)
+        if all(type(one) is int and 0 <= one < 1 << 64 for one in whole.ravel().tolist()):
+            return whole.astype(np.uint64)
     if array.dtype == wanted or expected == "string":
         return array
     if array.dtype.kind in _TEXT_KINDS or array.dtype.kind not in "biuf":
@@ -153,9 +190,13 @@ def _fitted(name: str, array: Array, expected: str, value: object) -> Array:
         return array.astype(wanted)
     takes_fractions = wanted.kind not in "biu"
     if takes_fractions:
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             fitted = array.astype(wanted)
-        fits = bool(np.array_equal(np.isfinite(fitted.astype(np.float64)), np.isfinite(array)))
+            back = fitted.astype(np.float64)
+            same = (np.isnan(back) == np.isnan(array)) & (np.isinf(back) == np.isinf(array))
+            if array.dtype.kind in "iu":
+                same &= (np.abs(back) < _EXACT) & (back.astype(array.dtype) == array)
+        fits = bool(same.all())
     else:
         if array.dtype.kind == "f" or (wanted.kind == "b" and array.dtype.kind != "b"):
             raise InputError(_unlike(name, value, array, expected))

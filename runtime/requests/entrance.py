@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from onnxsplit.plan import Plan
 from onnxsplit.tensors import Array, content_bytes
 from runtime.balance.policies import cost_of
 from runtime.coordinator.request_io import RequestIO
-from runtime.errors import PipelineClosed, PipelineError
+from runtime.errors import PipelineClosed
 from runtime.requests.admission import Admission
 from runtime.requests.checks import RequestCheck
 from runtime.requests.microbatch import ordinary_bytes
@@ -46,7 +46,6 @@ class Entrance:
         self._ordinary_bytes = ordinary_bytes(plan)
         self._kinds = OrdinaryRequests()
         self._closed = False
-        self._pid = os.getpid()
 
     def close(self) -> None:
         """Accept no more requests."""
@@ -68,15 +67,16 @@ class Entrance:
         Raises:
             PipelineError: it does not.
         """
-        if not self.is_own:
-            raise PipelineError(
-                f"this pipeline belongs to process {self._pid}, and this process is a fork of it; launch another here"
-            )
+        self._request_io.inbox.check_process()
 
     @property
     def is_own(self) -> bool:
         """Whether the pipeline belongs to this process."""
-        return os.getpid() == self._pid
+        return os.getpid() == self._request_io.inbox.pid
+
+    def later(self, function: Callable[[], object]) -> None:
+        """Call a function soon, in a thread of the pipeline; see :meth:`.Inbox.call`."""
+        self._request_io.inbox.call(function)
 
     def submit(self, inputs: object, outputs: object, deadline_ns: int | None, *, block: bool) -> Answering:
         """Submit a request with the arguments of its caller; see :meth:`runtime.pipeline.Pipeline.submit`."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TypeVar
@@ -43,34 +43,44 @@ class EventLoopEntrance:
 
     async def run(self, inputs: object, outputs: object, deadline_ns: int | None) -> dict[str, Array]:
         """Run one request; see :meth:`runtime.pipeline.Pipeline.arun`."""
+        return await (await self.submit(inputs, outputs, deadline_ns))
+
+    async def submit(
+        self, inputs: object, outputs: object, deadline_ns: int | None
+    ) -> asyncio.Future[dict[str, Array]]:
+        """Send one request; when this has returned, the inputs may be changed. Returns the future of its outputs."""
         self._entrance.check_open()
         if self._entrance.is_ordinary(inputs, outputs):
             request = self._entrance.prepare(inputs, outputs, deadline_ns)
         else:
-            request = await self._in_thread(lambda: self._entrance.prepare(inputs, outputs, deadline_ns))
-        if request.future.done():
-            return request.future.result()
-        await self._enter(request, deadline_ns)
-        return await asyncio.wrap_future(request.future)
+            preparing = self._in_thread(lambda: self._entrance.prepare(inputs, outputs, deadline_ns))
+            request = await self._until(deadline_ns, preparing)
+        if not request.future.done():
+            try:
+                await self._admit(request, deadline_ns)
+                await self._enter(request)
+            except GeneratorExit:  # the task was dropped, perhaps by the garbage collector, which may hold a lock
+                self._entrance.later(request.abandon)
+                raise
+            except BaseException:
+                request.abandon()
+                raise
+        return asyncio.wrap_future(request.future)
 
-    async def _enter(self, request: Enterable, deadline_ns: int | None) -> None:
-        """Wait until a request is admitted, and send it. Its place is given back if that is cancelled."""
-        try:
-            await self._admit(request, deadline_ns)
-        except BaseException:
-            request.abandon()
-            raise
-        if request.size <= _COPIED_BYTES:
+    async def _enter(self, request: Enterable) -> None:
+        """Send a request that was admitted."""
+        if request.whole_size <= _COPIED_BYTES:
             request.enter()
             return
         entering = asyncio.ensure_future(self._in_thread(request.enter))
         try:
             await asyncio.shield(entering)
-        except asyncio.CancelledError:  # the thread goes on, so the place is given back when it is done
+        except asyncio.CancelledError:  # the thread goes on, and the request is abandoned again when it has sent it
             entering.add_done_callback(lambda _: request.abandon())
             raise
 
     async def _admit(self, request: Enterable, deadline_ns: int | None) -> None:
+        """Wait until a request is admitted."""
         loop = asyncio.get_running_loop()
         turn = loop.create_future()
 
@@ -78,18 +88,26 @@ class EventLoopEntrance:
             if not turn.done():
                 turn.set_result(None)
 
-        def admitted() -> None:
+        def admitted() -> bool:
             try:
                 loop.call_soon_threadsafe(wake)
             except RuntimeError:  # the loop was closed
-                self._admission.leave(request.place)
+                return False
+            return True
 
-        if self._admission.join(request.place, request.size, admitted):
-            return
+        if not self._admission.join(request.place, request.size, admitted):
+            await self._until(deadline_ns, turn)
+
+    async def _until(self, deadline_ns: int | None, waiting: Awaitable[T]) -> T:
+        """Wait for something, at most until a deadline.
+
+        Raises:
+            DeadlineExceeded: it did not come in time.
+        """
         limit_s = None if deadline_ns is None else max(0.0, (deadline_ns - time.monotonic_ns()) / 1e9)
         try:
             async with asyncio.timeout(limit_s):
-                await turn
+                return await waiting
         except TimeoutError:
             raise self._admission.out_of_time() from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import time
 from collections.abc import Generator
@@ -224,6 +225,7 @@ class Generation:
 
     def _wait(self, seen: int, until: float | None) -> None:
         """Let the present thread wait until there are more tokens than it has seen, or the end."""
+        self._requests.inbox.check_process()
         if self._requests.delivering and not self._stream.ended:
             raise PipelineError(
                 "a callback of a request cannot wait for tokens: its thread delivers them. Wait in a thread of your own"
@@ -244,6 +246,7 @@ class Generation:
 
     async def _more(self, seen: int) -> None:
         """Let the present task wait until there are more tokens than it has seen, or the end."""
+        self._requests.inbox.check_process()
         loop = asyncio.get_running_loop()
         turn: asyncio.Future[None] = loop.create_future()
 
@@ -291,6 +294,7 @@ class Generation:
         """
         if self._stream.ended:
             return False
+        self._requests.inbox.check_process()
         self._requests.give_up(self._number)
         return True
 
@@ -308,7 +312,9 @@ class Generation:
         self.close()
 
     def __del__(self) -> None:
-        if not self._stream.ended:  # any thread may run this at any time, so it must not take a lock
+        if (
+            not self._stream.ended and os.getpid() == self._requests.inbox.pid
+        ):  # any thread may run this at any time, so it must not take a lock
             self._requests.give_up_later(self._number)
 
 

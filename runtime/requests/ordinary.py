@@ -120,6 +120,11 @@ class WholeRequest(Answering):
         return self
 
     @property
+    def whole_size(self) -> int:
+        """Bytes of its inputs."""
+        return self.size
+
+    @property
     def place(self) -> object:
         """What the admission knows the request by: the request itself."""
         return self

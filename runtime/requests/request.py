@@ -79,6 +79,8 @@ class Answering(Future[dict[str, Array]]):
 
     def cancel(self) -> bool:
         """Cancel the request; returns False if it was already answered."""
+        if self._request_io is not None:
+            self._request_io.inbox.check_process()
         if not super().cancel():
             return False
         self._give_up()
@@ -105,7 +107,10 @@ class Answering(Future[dict[str, Array]]):
         return super().exception(timeout)
 
     def _check_waiting(self) -> None:
-        if self._request_io is not None and self._request_io.delivering and not self.done():
+        if self._request_io is None or self.done():
+            return
+        self._request_io.inbox.check_process()
+        if self._request_io.delivering:
             raise PipelineError(
                 "a callback of a request cannot wait for another request: its thread delivers the answers. "
                 "Add a callback to that one, or wait in a thread of your own"
@@ -129,6 +134,10 @@ class Enterable(Protocol):
 
     @property
     def size(self) -> int: ...  # noqa: D102
+
+    @property
+    def whole_size(self) -> int:
+        """Bytes of all tensors, of which :meth:`enter` may copy all at once."""
 
     def enter(self) -> None:
         """Send the request; its place has been admitted."""
@@ -189,6 +198,11 @@ class Request:
         self._answers: dict[int, Answer] = {}
         if not parts:
             self._end(None)
+
+    @property
+    def whole_size(self) -> int:
+        """Bytes of the tensors of all parts."""
+        return self.size * len(self._parts)
 
     def enter(self) -> None:
         """Send the first part, which has been admitted, and further parts while there is room."""

@@ -155,9 +155,9 @@ def test_requests_that_wait_without_blocking_stand_in_the_same_line():
     entrance, log = Admission(1, 100), []
     assert entrance.join("a", 1, None)
     assert not entrance.join("refused", 1, None)
-    assert not entrance.join("b", 1, lambda: log.append("b"))
+    assert not entrance.join("b", 1, lambda: log.append("b") is None)
     thread = waiting(entrance, 1, log, "thread")
-    assert not entrance.join("c", 1, lambda: log.append("c"))
+    assert not entrance.join("c", 1, lambda: log.append("c") is None)
     for place, admitted in (("a", ["b"]), ("b", ["b", ("thread", True)])):
         entrance.leave(place)
         wait_until(lambda admitted=admitted: log == admitted)
@@ -169,7 +169,7 @@ def test_requests_that_wait_without_blocking_stand_in_the_same_line():
 def test_a_request_that_leaves_the_line_is_never_admitted():
     entrance, log = Admission(1, 100), []
     entrance.join("a", 1, None)
-    entrance.join("b", 1, lambda: log.append("b"))
+    entrance.join("b", 1, lambda: log.append("b") is None)
     entrance.leave("b")
     entrance.leave("a")
     assert log == []
@@ -179,7 +179,18 @@ def test_a_request_that_leaves_the_line_is_never_admitted():
 def test_a_callback_of_an_admission_may_use_the_admission():
     entrance, log = Admission(1, 100), []
     entrance.join("a", 1, None)
-    entrance.join("b", 1, lambda: entrance.leave("b"))
-    entrance.join("c", 1, lambda: log.append("c"))
+    entrance.join("b", 1, lambda: entrance.leave("b") is None)
+    entrance.join("c", 1, lambda: log.append("c") is None)
     entrance.leave("a")
     assert log == ["c"]
+
+
+def test_places_of_requests_that_nobody_waits_for_pass_on_however_many_there_are():
+    entrance, log = Admission(1, 100), []
+    entrance.join("a", 1, None)
+    for number in range(5000):
+        entrance.join(number, 1, lambda: False)
+    entrance.join("last", 1, lambda: log.append("last") is None)
+    entrance.leave("a")
+    assert log == ["last"]
+    assert entrance.inside == 1

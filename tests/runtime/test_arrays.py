@@ -40,11 +40,58 @@ def test_numbers_of_python_get_the_type_of_the_model(value):
         ("float32", [["1.5"]], "expected float32"),
         ("float32", [[1 + 2j]], "expected float32"),
         ("float32", None, "expected float32"),
+        ("float32", [2**24 + 1], "numbers that float32 cannot hold"),
+        ("float64", [2**53 + 1], "numbers that float64 cannot hold"),
+        ("float64", [2**63 - 1], "numbers that float64 cannot hold"),
+        ("float8e4m3fn", [float("inf")], "numbers that float8e4m3fn cannot hold"),
+        ("uint64", [-1], "numbers that uint64 cannot hold"),
+        ("float32", [np.ma.array([1.0, 2.0], mask=[0, 1])], "masked"),
+        ("float32", [[1.0, np.ma.masked]], "masked"),
     ],
 )
 def test_numbers_that_would_change_are_refused(dtype, value, words):
     with pytest.raises(InputError, match=words):
         taken({"x": value}, {"x": (dtype, None)})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [
+        ("uint64", [2**63, 1]),
+        ("uint64", [2**64 - 1]),
+        ("float32", np.int64(5)),
+        ("float32", range(4)),
+        ("float32", [2**24]),
+        ("float64", [-(2**53)]),
+        ("int64", []),
+        ("string", []),
+    ],
+)
+def test_numbers_that_fit_are_taken_whatever_holds_them(dtype, value):
+    array = taken({"x": value}, {"x": (dtype, None)})["x"]
+    assert array.tolist() == (list(value) if np.ndim(value) else value)
+
+
+@pytest.mark.parametrize("value", [["a\0", "b"], [b"a\0", "b"], "a\0", ["a", "\u00e9".encode()]])
+def test_texts_keep_every_character(value):
+    array = taken({"x": value}, {"x": ("string", None)})["x"]
+    texts = value if isinstance(value, list) else [value]
+    assert array.ravel().tolist() == [text.decode() if isinstance(text, bytes) else text for text in texts]
+
+
+def test_lists_may_hold_arrays_and_tensors():
+    torch = pytest.importorskip("torch", reason="needs PyTorch")
+    rows = [torch.tensor([1.0, 2.0], requires_grad=True), np.float32([3, 4]), [5.0, 6]]
+    assert taken({"x": rows})["x"].tolist() == [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]
+    narrow = [torch.tensor([1.5], dtype=torch.bfloat16)]
+    assert taken({"x": narrow}, {"x": ("bfloat16", None)})["x"].tolist() == [[1.5]]
+
+
+def test_columns_of_the_same_name_are_refused():
+    pandas = pytest.importorskip("pandas", reason="needs pandas")
+    frame = pandas.DataFrame([[1.0, 2.0]], columns=["a", "a"])
+    with pytest.raises(InputError, match="several columns of the same name"):
+        taken(frame, {"x": ("float32", None)})
 
 
 def test_infinity_and_nan_stay_what_they_are():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -35,6 +37,7 @@ class FakeRequestIO:
     """A stand-in that remembers what was given up, and ends the stream as the machine would."""
 
     def __init__(self) -> None:
+        self.inbox = SimpleNamespace(pid=os.getpid(), check_process=lambda: None)
         self.delivering = False
         self.stream = TokenStream()
         self.given_up: list[int] = []

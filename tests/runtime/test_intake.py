@@ -80,7 +80,9 @@ def test_strings_are_str(given):
     ("given", "words"),
     [
         ([None, "a"], "element 0 of input 's' is a NoneType"),
-        ([1, 2], "expected string"),
+        ([1, 2], "element 0 of input 's' is an int"),
+        (["a", 1], "element 1 of input 's' is an int"),
+        (np.ones(2), "expected string"),
         (np.array([1.5, "a"], object), "element 0 of input 's' is a float"),
         (np.array([["a"], ["b", "c"]], object), "is a list"),
         (["a", "\ud800"], "element 1 of input 's' is not UTF-8"),

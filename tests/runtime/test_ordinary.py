@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import os
 import threading
 from concurrent.futures import as_completed, wait
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -82,6 +84,7 @@ class FakeRequestIO:
     delivering = False
 
     def __init__(self, problem: BaseException | None = None) -> None:
+        self.inbox = SimpleNamespace(pid=os.getpid(), check_process=lambda: None)
         self.problem, self.given_up, self.done = problem, [], None
 
     def submit(self, inputs, wanted, cost, deadline_ns, done, shapes):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -24,6 +27,7 @@ class FakeRequestIO:
     problem: BaseException = MemoryError("no room")
 
     def __init__(self) -> None:
+        self.inbox = SimpleNamespace(pid=os.getpid(), check_process=lambda: None)
         self.entered = []
 
     def submit(self, inputs, wanted, cost, deadline_ns, done) -> int:
