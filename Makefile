@@ -1,5 +1,5 @@
 # Each target works from nothing on a machine with Python 3.11 or newer and a network.
-#   make docs     write the documentation as a site to build/site
+#   make docs     write the documentation as a site to site
 #   make demo     read a picture with a model cut in two              make check    format, lint, types
 #   make chat     two processes answer a question, and the answer goes on when one of them is killed
 #   make test     the tests, about 20 minutes on two cores            make bench    list the benchmarks; BENCH=FOLDER/FILE runs one
@@ -99,4 +99,4 @@ soak: $(VENV)/test.stamp
 	set -e; for name in $(SOAK); do $(BIN)/python benchmarks $$name; done
 
 clean:
-	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest build *.egg-info
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest build site *.egg-info

@@ -12,12 +12,12 @@ import urllib.request
 from contextlib import ExitStack
 from pathlib import Path
 
+import build
 import pages
 import ports
 import pytest
 from waiting import wait_until
 
-import build
 import onnxsplit
 
 PAGE = (pages.ROOT / "docs" / "python.md").read_text()

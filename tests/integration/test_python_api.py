@@ -11,12 +11,12 @@ import threading
 import warnings
 from pathlib import Path
 
+import build
 import numpy as np
 import psutil
 import pytest
 from waiting import wait_until
 
-import build
 import onnxsplit
 from onnxsplit import (
     Busy,

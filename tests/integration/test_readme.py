@@ -8,10 +8,9 @@ import subprocess
 from contextlib import ExitStack
 from pathlib import Path
 
+import build
 import pages
 import pytest
-
-import build
 
 pytest.importorskip("uvicorn", reason="needs the extra serve")
 pytest.importorskip("PIL", reason="needs the extra demo")
