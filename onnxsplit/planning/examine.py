@@ -97,17 +97,17 @@ class ModelOptions:
             object.__setattr__(self, name, as_int(getattr(self, name)))
 
     def check(self) -> None:
-        """Refuse numbers that are out of range.
+        """Refuse numbers that are out of range, words that are none of those allowed, and a text for a list.
 
         Raises:
-            InputError: names the options, and what is allowed.
+            InputError, PartitionError: names the options, and what is allowed.
         """
         if self.costs not in (None, "measured", "analytic"):
             raise InputError(f"--costs must be measured or analytic, not {shown(self.costs)}")
         for name in ("outputs", "drop_outputs", "keep_inputs"):
             value = getattr(self, name)
             if isinstance(value, str | bytes):
-                raise InputError(f"{name} must be a list of names, as in ['y'], not {shown(value)}")
+                raise PartitionError(f"{name} must be a list of names, as in ['y'], not {shown(value)}")
         checks = [
             whole_problem("--decode-rows", self.decode_rows, 1, MOST_STEP_ROWS),
             whole_problem("--context", self.context, 0, MOST_LENGTH),

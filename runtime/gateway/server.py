@@ -184,7 +184,7 @@ def serve(
     with listen(options.host, options.http_port) as listener:
 
         async def run() -> None:
-            await _Gateway(folders, options, versions, start, access).run(listener, on_ready, progress)
+            await _Gateway(options, versions, start, access, folders).run(listener, on_ready, progress)
 
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(run())
@@ -195,11 +195,11 @@ class _Gateway:
 
     def __init__(
         self,
-        folders: Sequence[Path],
         options: ServeOptions,
         versions: list[Version],
         start: StartPipeline,
         access: AccessControl,
+        folders: Sequence[Path] = (),
     ) -> None:
         self._options = options
         self._folders = folders

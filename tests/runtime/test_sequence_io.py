@@ -179,7 +179,7 @@ def test_giving_up_later_passes_through_the_inbox(parts):
     requests, machine, _ = parts
     number, _ = begin(requests, machine)
     requests.give_up_later(number)
-    assert list(requests._inbox.events) == [GivenUp(number)]
+    assert list(requests.inbox.events) == [GivenUp(number)]
 
 
 def test_the_end_of_the_pipeline_ends_all_sequences(parts):

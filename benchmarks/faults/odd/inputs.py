@@ -118,7 +118,7 @@ WRONG: dict[str, Kind] = {
     "one dimension more": _wrong(lambda a: a[np.newaxis]),
     "33 dimensions": _wrong(lambda a: a.reshape((1,) * (33 - a.ndim) + a.shape)),
     "inputs None": _wrong_inputs(lambda _: None),
-    "inputs a list": _wrong_inputs(list),
+    "inputs a list": _wrong_inputs(lambda inputs: [inputs]),
     "inputs pairs": _wrong_inputs(lambda inputs: list(inputs.items())),
     "inputs empty": _wrong_inputs(lambda _: {}),
     "inputs with another": _wrong_inputs(lambda inputs: {**inputs, "no such input": np.zeros(3)}),
