@@ -184,9 +184,7 @@ def plan_view(version: Version) -> PlanView:
             edges[-1, stage.index] = 0
         if set(stage.outputs) & set(plan.outputs):
             edges[stage.index, -1] = 0
-    for cut in plan.cuts:
-        for target in cut.to_stages:
-            edges[cut.from_stage, target] = edges.get((cut.from_stage, target), 0) + cut.bytes
+    edges |= plan.edges()
     return PlanView(
         name=version.model,
         version=version.number,
