@@ -23,6 +23,7 @@ import hypothesis
 import ports
 import psutil
 import pytest
+from processes import running
 
 from onnxsplit.effort import EFFORTS
 from onnxsplit.plan import TYPICAL_HOST
@@ -80,7 +81,7 @@ def leftovers() -> list[str]:
     processes = [
         f"process {p.pid}"
         for p in psutil.Process().children(recursive=True)
-        if p.is_running() and p.status() != psutil.STATUS_ZOMBIE and "runtime.node" in " ".join(_command(p))
+        if running([p.pid]) and "runtime.node" in " ".join(_command(p))
     ]
     folders = [
         str(path)

@@ -14,6 +14,7 @@ import time
 
 import psutil
 import pytest
+from processes import running
 from text_plans import END, text_plan
 from waiting import PATIENCE_S, wait_until
 
@@ -118,7 +119,7 @@ def descendants(terminal) -> list[psutil.Process]:
 
 
 def all_gone(processes) -> bool:
-    return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
+    return not running(process.pid for process in processes)
 
 
 def printable(text) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from processes import running
 from waiting import wait_until
 
 from runtime import Pipeline
@@ -40,18 +41,12 @@ def start_caller(plan, environment, *words: str):
     return process, [int(pid) for pid in process.stdout.readline().split()]
 
 
-def gone(pids, seconds: float = 60.0) -> bool:
-    """Return whether the processes end within the time."""
-    _, alive = psutil.wait_procs([psutil.Process(p) for p in pids if psutil.pid_exists(p)], timeout=seconds)
-    return not alive
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL, signal.SIGHUP])
 def test_a_caller_ended_by_a_signal_leaves_nothing(chain_plan, python_environment, number):
     process, pids = start_caller(chain_plan, python_environment)
     assert len(pids) == 2
     process.send_signal(number)
-    assert gone(pids)
+    wait_until(lambda: not running(pids), "the end of the nodes")
     process.communicate(timeout=60)
 
 
@@ -60,7 +55,7 @@ def test_a_caller_that_raises_leaves_nothing(chain_plan, python_environment):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "the caller's own" in errors
-    assert gone(pids)
+    wait_until(lambda: not running(pids), "the end of the nodes")
 
 
 def test_a_node_stopped_for_good_does_not_hold_up_closing(chain_plan):
@@ -68,7 +63,7 @@ def test_a_node_stopped_for_good_does_not_hold_up_closing(chain_plan):
     pids = [node.pid for node in pipeline.nodes]
     os.kill(pids[0], signal.SIGSTOP)
     pipeline.close()
-    assert gone(pids)
+    wait_until(lambda: not running(pids), "the end of the nodes")
 
 
 def test_ctrl_c_in_the_terminal_ends_the_command_and_its_nodes(chain_plan, python_environment):
@@ -83,7 +78,7 @@ def test_ctrl_c_in_the_terminal_ends_the_command_and_its_nodes(chain_plan, pytho
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors.strip().endswith("onnxsplit: interrupted")
-    assert gone(nodes)
+    wait_until(lambda: not running(nodes), "the end of the nodes")
 
 
 def test_nodes_never_get_ctrl_c_not_even_while_they_start(chain_plan):

@@ -6,6 +6,7 @@ import os
 
 import psutil
 import pytest
+from processes import running
 from waiting import wait_until
 
 pytest.importorskip("nbclient", reason="needs the extra test")
@@ -45,10 +46,6 @@ def shown(client: NotebookClient, number: int) -> list[nbformat.NotebookNode]:
     return list(client.execute_cell(client.nb.cells[number], number).outputs)
 
 
-def alive(pids: list[int]) -> list[int]:
-    return [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
-
-
 def test_a_cell_that_runs_again_leaves_no_nodes_of_the_pipeline_before(notebook):
     rounds = []
     for _ in range(3):
@@ -62,12 +59,12 @@ def test_a_cell_that_runs_again_leaves_no_nodes_of_the_pipeline_before(notebook)
         assert "<table>" in stats.data["text/html"]
         assert shown(notebook, 3)[0].data["text/plain"] == "20"
         pids = [int(pid) for pid in shown(notebook, 4)[0].data["text/plain"].strip("[]").split(",")]
-        assert len(alive(pids)) == 2
+        assert len(running(pids)) == 2
         rounds.append(pids)
         for before in rounds[:-1]:
-            wait_until(lambda before=before: not alive(before), "the nodes of the dropped pipeline have ended")
+            wait_until(lambda before=before: not running(before), "the nodes of the dropped pipeline have ended")
     shown(notebook, 5)
-    wait_until(lambda: not alive(rounds[-1]), "the nodes of the last pipeline have ended")
+    wait_until(lambda: not running(rounds[-1]), "the nodes of the last pipeline have ended")
 
 
 def test_nodes_end_with_the_kernel(notebook):
@@ -76,4 +73,4 @@ def test_nodes_end_with_the_kernel(notebook):
     kernel = psutil.Process(pids[0]).ppid()
     assert kernel != os.getpid()
     os.kill(kernel, 9)
-    wait_until(lambda: not alive(pids), "the nodes have ended")
+    wait_until(lambda: not running(pids), "the nodes have ended")

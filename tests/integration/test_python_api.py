@@ -15,6 +15,7 @@ import build
 import numpy as np
 import psutil
 import pytest
+from processes import running
 from waiting import wait_until
 
 import onnxsplit
@@ -50,10 +51,6 @@ def same(results, expected) -> bool:
     return len(results) == len(expected) and all(
         np.array_equal(result["y"], wanted) for result, wanted in zip(results, expected, strict=True)
     )
-
-
-def gone(pids) -> bool:
-    return not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in pids)
 
 
 # Maps
@@ -120,7 +117,7 @@ def test_a_pipeline_is_opened_and_closed_in_an_event_loop(chain_plan, expected):
         async with Pipeline.open(chain_plan, threads=1) as opened:
             result, pids = await opened.arun(X), [node.pid for node in opened.nodes]
         assert opened.ended
-        assert gone(pids)
+        assert not running(pids)
         with pytest.raises(PipelineError, match="closed"):
             await opened.arun(X)
         other = await Pipeline.open(chain_plan, threads=1)
@@ -300,7 +297,7 @@ def test_a_pipeline_that_is_dropped_answers_its_requests_and_ends_its_nodes(chai
     with pytest.warns(ResourceWarning, match=r"the pipeline of model\.plan was dropped without close\(\)"):
         del launched
     assert same([future.result() for future in futures], expected[:4])
-    wait_until(lambda: gone(pids), "the nodes have ended")
+    wait_until(lambda: not running(pids), "the nodes have ended")
     wait_until(lambda: threading.active_count() < threads, "its threads have ended")
 
 
