@@ -3,6 +3,7 @@
     python models/zoo.py                list the models
     python models/zoo.py NAME ...       fetch models and print their paths
     python models/zoo.py all            fetch all models
+    python models/zoo.py --copy NAME .. fetch models, and copy each to NAME.onnx in the current folder
 
 Files are kept in ``$XDG_CACHE_HOME/onnxsplit/zoo``, by default in ``~/.cache/onnxsplit/zoo``.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -98,14 +100,16 @@ def _download(package: str, folder: Path) -> Path:
 
 def main() -> int:
     """List or fetch the models that the command line names; returns the exit code."""
-    names = sys.argv[1:]
+    copy = sys.argv[1:2] == ["--copy"]
+    names = sys.argv[2:] if copy else sys.argv[1:]
     if not names:
         for name, entry in entries().items():
             print(f"{name:16} {entry['license']:14} {entry['about']}")
         return 0
     try:
         for name in entries() if names == ["all"] else names:
-            print(fetch(name), flush=True)
+            path = fetch(name)
+            print(shutil.copyfile(path, f"{name}.onnx") if copy else path, flush=True)
     except FetchError as error:
         print(error, file=sys.stderr)
         return 1

@@ -23,6 +23,10 @@ Run:
     Generation, Generated, GenerateOptions
                     tokens of a plan with a decoder
 
+Serve (``onnxsplit serve FILE.py:NAME``):
+    service         declares a class as a service with models; endpoint marks its methods
+    Models          the models that a service gets, each a ServiceModel with run and arun
+
 Errors:
     OnnxsplitError  the base of all, with InputError, ModelError, PartitionError, PlanError and others
     PipelineError   the base of those of a running plan: Busy, DeadlineExceeded, StageFailed, NodeFailed and others
@@ -71,6 +75,7 @@ if TYPE_CHECKING:
     from runtime.pipeline import Pipeline
     from runtime.requests.generate_options import GenerateOptions
     from runtime.requests.generation import Generated, Generation
+    from runtime.services.declare import Models, ServiceModel, endpoint, service
     from runtime.timings import Timings
     from runtime.torch_tensors import to_torch
 
@@ -90,6 +95,7 @@ _HOMES = {
     "runtime.torch_tensors": ("to_torch",),
     "runtime.requests.generation": ("Generation", "Generated"),
     "runtime.requests.generate_options": ("GenerateOptions",),
+    "runtime.services.declare": ("service", "endpoint", "Models", "ServiceModel"),
     "onnxsplit.errors": (
         "OnnxsplitError",
         "InputError",
@@ -120,6 +126,7 @@ _HOMES = {
 __all__ = [  # the same names, for type checkers and editors
     "partition", "load_plan", "verify", "merge", "Plan", "PlanCache",
     "Pipeline", "RunOptions", "Timings", "RayLauncher", "to_torch", "Generation", "Generated", "GenerateOptions",
+    "service", "endpoint", "Models", "ServiceModel",
     "OnnxsplitError", "InputError", "ModelError", "ModelRefused", "CustomOpsError", "PartitionError", "PlanError",
     "ClusterError", "ProviderError", "ExportError", "MissingDependency",
     "PipelineError", "LaunchFailed", "Busy", "DeadlineExceeded", "Cancelled", "StageFailed", "NotSeparable",

@@ -139,7 +139,7 @@ class _NodeSource:
 
 
 @make_command
-@click.argument("plans", type=FILE, metavar="DIR...", nargs=-1, required=True)
+@click.argument("plans", type=FILE, metavar="DIR|FILE.py:NAME...", nargs=-1, required=True)
 @add_options(under(NETWORK, ADDRESSES))
 @serving_options
 @add_options([*under(REQUESTS, QUEUE), *under(MODELS, VERSIONS), *under(LANGUAGE_MODELS, TEXTS), *OTHER])
@@ -148,14 +148,13 @@ class _NodeSource:
 def command(output: Output, *, plans: tuple[Path, ...], **values: Any) -> None:
     """Serve the plans in DIR... to clients of the Open Inference Protocol (KServe v2, Triton), until SIGTERM.
 
-    A folder of numbered folders is one model with these versions. After SIGTERM, accepted requests are answered before
-    the server stops.
+    A folder of numbered folders is one model with these versions. FILE.py[:NAME] is a service: a class in Python, with
+    steps before and after models. After SIGTERM, accepted requests are answered before the server stops.
     """
     gateway = {name: values.pop(name) for name in parameter_names(ADDRESSES, QUEUE, VERSIONS, TEXTS, OTHER, ACCESS)}
     nodes = _NodeSource(
         **{name: values.pop(name) for name in parameter_names(NODE_SOURCE)}, custom_ops=values["custom_ops"]
     )
-    nodes.check(plans)
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # nodes are started by exec, not by fork
     try:
         from runtime.gateway.server import serve
@@ -164,7 +163,10 @@ def command(output: Output, *, plans: tuple[Path, ...], **values: Any) -> None:
 
         raise InputError(f"serving needs more packages: pip install 'onnxsplit[serve]' ({error})") from error
     from runtime.gateway.models.version import find_versions, is_empty
+    from runtime.gateway.services.served import read_services
 
+    services, plans = read_services(plans, output.say)
+    nodes.check(plans)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     chosen = different(click.get_current_context())
     if chosen:
@@ -185,6 +187,7 @@ def command(output: Output, *, plans: tuple[Path, ...], **values: Any) -> None:
         plans,
         _serve_options(**gateway),
         nodes.starter(output, versions, options),
+        services=services,
         on_ready=lambda serving: _announce(
             output, serving, host=gateway["host"], tokens=gateway["token_file"] is not None
         ),
@@ -256,13 +259,24 @@ def _announce(output: Output, serving: Serving, *, host: str, tokens: bool) -> N
     header = " -H 'Authorization: Bearer TOKEN'" if tokens else ""
     if host not in LOOPBACK and not (tokens and serving.http.startswith("https")):
         output.note(f"other hosts can reach {host}, and " + ("TLS" if tokens else "a token file") + " is not set")
-    output.line(f"Serving {models or 'no model yet'}")
+    output.line(f"Serving {models or ('services' if serving.services else 'no model yet')}")
     output.line(f"  HTTP   {serving.http}" + (f"   gRPC {serving.grpc}" if serving.grpc else ""))
     output.line(f"  Page   {serving.http}/   Metrics {serving.http}/metrics")
-    output.line(f"  Try    curl -s{header} {shlex.quote(f'{serving.http}/v2/models/{quote(first)}')}")
+    for path in serving.services:
+        output.line(f"  POST   {serving.http}{path}")
+    if serving.models or not serving.services:
+        output.line(f"  Try    curl -s{header} {shlex.quote(f'{serving.http}/v2/models/{quote(first)}')}")
     if serving.texts:
         body = {"model": serving.texts[0], "messages": [{"role": "user", "content": "Hello"}]}
         output.line(f"  OpenAI {serving.http}/v1   models {', '.join(serving.texts)}")
         output.line(f"  Try    curl -s{header} {serving.http}/v1/chat/completions -d {shlex.quote(json.dumps(body))}")
     output.line("  Stop   Ctrl-C or SIGTERM; accepted requests are answered first")
-    output.result({"http": serving.http, "grpc": serving.grpc, "models": serving.models, "texts": serving.texts})
+    output.result(
+        {
+            "http": serving.http,
+            "grpc": serving.grpc,
+            "models": serving.models,
+            "texts": serving.texts,
+            "services": serving.services,
+        }
+    )

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import signal
 import socket
+import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ from runtime.gateway.openai.starting import TextStarter
 from runtime.gateway.queue import Limits
 from runtime.gateway.response_cache import ResponseCache
 from runtime.gateway.service import Service
+from runtime.gateway.services.served import ServedService, make_pools
 from runtime.gateway.shared_memory import SharedMemoryRegions
 from runtime.gateway.spans import Spans
 from runtime.gateway.telemetry.sampler import Sampler
@@ -141,12 +143,14 @@ class Serving:
         grpc: Host and port of gRPC; None when gRPC is not served.
         models: The loaded versions of each model.
         texts: Names of the models that complete texts.
+        services: Paths of the endpoints of services.
     """
 
     http: str
     grpc: str | None
     models: dict[str, list[str]] = field(default_factory=dict)
     texts: tuple[str, ...] = ()
+    services: tuple[str, ...] = ()
 
 
 class _Uvicorn(uvicorn.Server):
@@ -161,6 +165,7 @@ def serve(
     options: ServeOptions,
     start: StartPipeline,
     *,
+    services: Sequence[ServedService] = (),
     on_ready: Callable[[Serving], None] = lambda _: None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> None:
@@ -170,6 +175,7 @@ def serve(
         folders: Plan directories, or folders of versions.
         options: How to serve.
         start: Starts the pipeline of a plan.
+        services: Services in Python; their models are among the plans.
         on_ready: Called once, when all models are loaded.
         progress: Called with the name of each step.
 
@@ -184,7 +190,7 @@ def serve(
     with listen(options.host, options.http_port) as listener:
 
         async def run() -> None:
-            await _Gateway(options, versions, start, access, folders).run(listener, on_ready, progress)
+            await _Gateway(options, versions, start, access, folders, services).run(listener, on_ready, progress)
 
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(run())
@@ -200,6 +206,7 @@ class _Gateway:
         start: StartPipeline,
         access: AccessControl,
         folders: Sequence[Path] = (),
+        services: Sequence[ServedService] = (),
     ) -> None:
         self._options = options
         self._folders = folders
@@ -212,13 +219,16 @@ class _Gateway:
         self._workers = Workers(_WORKERS)
         cache = ResponseCache(options.response_cache) if options.response_cache else None
         service = Service(self._repository, self._regions, self._workers, self._spans, cache)
+        self._pools = service.pools = make_pools(services, folders, service, options.max_queue)
+        self._repository.requirements += [pool.why_not for pool in self._pools]
         budget = Budget(options.max_queue_bytes, options.max_body)
         self._sampler = Sampler(service, budget)
         bodies = Bodies(options.max_body, budget, self._workers)
         starter = TextStarter(self._workers, most_waiting=options.max_queue, tools=options.tool_parser)
         self._catalogue = Catalogue(self._repository, options.served_names)
         openai, texts = OpenAIEndpoint(self._catalogue, bodies, self._workers, starter), Texts(service, starter)
-        self._http_server = _http_server(HttpApp(service, bodies, access, self._sampler, openai, texts), options)
+        http_app = HttpApp(service, bodies, access, self._sampler, openai, texts, self._pools)
+        self._http_server = _http_server(http_app, options)
         self._servicer = GrpcServicer(service, budget, access, self._sampler, texts)
 
     async def run(
@@ -236,6 +246,9 @@ class _Gateway:
             for model in self._repository.models:
                 progress(f"starting the nodes of {model}")
                 await _unless(self._ending, self._repository.load(model))
+            for pool in self._pools:
+                progress(f"starting the workers of {pool.description.name}")
+                await _unless(self._ending, pool.start())
             self._stop_on_signals()  # again, because Ray installs a handler that aborts the process
             if not self._ending.is_set():
                 on_ready(self._serving(listener.getsockname()[1], grpc_port))
@@ -247,7 +260,9 @@ class _Gateway:
             log_event(_log, logging.INFO, "stopping", patience_s=self._options.drain_s)
             for task in watching:
                 task.cancel()
-            await self._repository.close(self._options.drain_s)
+            begun = time.monotonic()
+            await asyncio.gather(*(pool.close(self._options.drain_s) for pool in self._pools))
+            await self._repository.close(max(0.0, self._options.drain_s - (time.monotonic() - begun)))
             await self._sampler.stop()
             if grpc_server is not None:
                 await grpc_server.stop(1.0)
@@ -275,6 +290,7 @@ class _Gateway:
             grpc=None if grpc_port is None else f"{host}:{grpc_port}",
             models={model: self._repository.loaded_numbers(model) for model in self._repository.models},
             texts=tuple(model.id for model in self._catalogue.models()),
+            services=tuple(path for pool in self._pools for path in pool.description.paths),
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from msgspec import Struct
 
@@ -23,6 +23,9 @@ from runtime.gateway.shared_memory import SharedMemoryRegions
 from runtime.gateway.spans import Spans
 from runtime.gateway.telemetry.slowest import SlowRequest
 from runtime.gateway.threads import Workers, takes_long
+
+if TYPE_CHECKING:
+    from runtime.gateway.services.pool import ServicePool
 
 Encoded = TypeVar("Encoded")
 _MESSAGE_CHARACTERS = 500  # characters that are kept of an error
@@ -54,12 +57,14 @@ class Undecoded(Struct):
         number: Number of the version; empty for the newest one.
         parse: Decodes the request; gets a function that reads shared memory.
         parsed_bytes: Bytes of the message that are looked at one by one.
+        accepted: Whether it is part of a request that was accepted, so that it is executed while the server stops.
     """
 
     name: str
     number: str
     parse: Callable[[ReadRegion], InferRequest]
     parsed_bytes: int
+    accepted: bool = False
 
 
 class _Execution(Struct):
@@ -82,6 +87,7 @@ class Service:
         cache: Answers requests whose inputs were seen before; None runs all.
 
     Attributes:
+        pools: The workers of services, which ask the models.
         astray: Requests that asked for a model that is not here, or that executes none.
         last_astray: What the caller of the last of them was told.
     """
@@ -100,6 +106,7 @@ class Service:
         self.cache = cache
         self._spans = spans
         self._prepared = PreparedRequests()
+        self.pools: Sequence[ServicePool] = ()
         self.astray = 0
         self.last_astray = ""
 
@@ -120,19 +127,19 @@ class Service:
             return self.repository.find(name, number), None
         return version, part
 
-    def _executable(self, name: str, number: str) -> Version:
+    def _executable(self, name: str, number: str, *, accepted: bool = False) -> Version:
         """The version that executes requests for a model."""
         version, part = self.find(name, number)
         if isinstance(part, int):
             raise Unsupported(f"{name!r} is a stage and runs only as part of its model; ask {version.model!r}")
         if part == TEXT:
             raise Unsupported(f"{name!r} answers in parts; use ModelStreamInfer, or /generate and /generate_stream")
-        return self.repository.loaded(version.model, number)
+        return self.repository.loaded(version.model, number, accepted=accepted)
 
     def _asked(self, known: Undecoded) -> Version:
         """The version that a request asks for; requests that ask for none are counted."""
         try:
-            return self._executable(known.name, known.number)
+            return self._executable(known.name, known.number, accepted=known.accepted)
         except GatewayError as error:
             if not isinstance(error, NotLoaded):
                 self.astray += 1

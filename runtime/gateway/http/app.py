@@ -19,7 +19,7 @@ from starlette.types import ASGIApp
 from onnxsplit.errors import InputError, OnnxsplitError, one_line, shown
 from runtime.gateway.access import AccessControl
 from runtime.gateway.errors import TooLarge, UnknownRegion, Unsupported
-from runtime.gateway.http import openapi, page
+from runtime.gateway.http import openapi, page, services
 from runtime.gateway.http.bodies import Bodies
 from runtime.gateway.http.generate import GenerateEndpoint
 from runtime.gateway.http.inference import HEADER_LENGTH, AccessControlled, InferenceEndpoint
@@ -36,6 +36,7 @@ from runtime.gateway.protocol.documents import (
     VersionState,
 )
 from runtime.gateway.service import Service
+from runtime.gateway.services.pool import ServicePool
 from runtime.gateway.shared_memory import Region
 from runtime.gateway.telemetry import metrics
 from runtime.gateway.telemetry.sampler import Sampler
@@ -58,6 +59,7 @@ class HttpApp:
         sampler: Provides the statistics and the state that the page shows.
         openai: Answers clients of OpenAI's API.
         texts: Completes texts for clients of Triton.
+        pools: The workers of services.
     """
 
     def __init__(
@@ -68,8 +70,10 @@ class HttpApp:
         sampler: Sampler,
         openai: OpenAIEndpoint,
         texts: Texts,
+        pools: tuple[ServicePool, ...] = (),
     ) -> None:
         self._service = service
+        self._pools = pools
         self._repository = service.repository
         self._regions = service.regions
         self._bodies = bodies
@@ -93,7 +97,7 @@ class HttpApp:
         for path in _MODEL_PATHS:
             routes.append(Route(f"{path}/generate", whole, methods=["POST"]))
             routes.append(Route(f"{path}/generate_stream", streamed, methods=["POST"]))
-        routes += self._openai.routes()
+        routes += [*self._openai.routes(), *services.routes(self._pools, self._bodies)]
         app = Starlette(
             routes=routes,
             exception_handlers={HTTPException: on_http_error, OnnxsplitError: on_error, Exception: on_error},
@@ -226,7 +230,8 @@ class HttpApp:
 
     async def _openapi(self, _: Request) -> Response:
         numbers = {model: self._repository.loaded_numbers(model) for model in self._repository.models}
-        return json_response(openapi.description({model: loaded for model, loaded in numbers.items() if loaded}))
+        loaded = {model: versions for model, versions in numbers.items() if versions}
+        return json_response(openapi.description(loaded, services.operations(self._pools)))
 
     async def _page(self, _: Request) -> Response:
         return Response(page.html(), media_type="text/html", headers=page.headers())

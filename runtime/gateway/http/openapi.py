@@ -158,8 +158,13 @@ _OPERATIONS = [
 ]  # fmt: skip
 
 
-def description(versions: Mapping[str, Sequence[str]]) -> Json:
-    """The OpenAPI document. ``versions`` holds the loaded versions of each loaded model."""
+def description(versions: Mapping[str, Sequence[str]], services: tuple[Json, Json] = ({}, {})) -> Json:
+    """The OpenAPI document.
+
+    Args:
+        versions: The loaded versions of each loaded model.
+        services: The paths of services, and the schemas that they refer to.
+    """
     types = {one: None for op in _OPERATIONS for one in (op.response, op.body, op.error) if _is_type(one)}
     references, schemas = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
     by_type = dict(zip(types, references, strict=True))
@@ -176,10 +181,11 @@ def description(versions: Mapping[str, Sequence[str]]) -> Json:
             "statistics, the repository and system shared memory; and OpenAI's API for models that complete texts.",
         },
         "security": [{}, {"bearer": []}],
-        "paths": paths,
+        "paths": paths | services[0],
         "components": {
             "schemas": {
                 **schemas,
+                **services[1],
                 "Model": {"type": "string", "enum": list(versions)},
                 "Version": {"type": "string", "enum": numbers},
             },

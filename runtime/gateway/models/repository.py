@@ -55,6 +55,7 @@ class Repository:
     Attributes:
         ending: True when the server is stopping; no requests are accepted then.
         changes: How often a version began or ceased to take requests.
+        requirements: What must be ready beside the models: each says why it is not, or None.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Repository:
         self._patience_s = 0.0
         self.ending = False
         self.changes = 0
+        self.requirements: list[Callable[[], str | None]] = []
 
     def __iter__(self) -> Iterator[Version]:
         for versions in self._models.values():
@@ -91,9 +93,11 @@ class Repository:
 
     @property
     def ready(self) -> bool:
-        """True when all active versions would execute requests now."""
+        """True when all active versions, and all that is required beside them, would execute requests now."""
         active = self.active
-        return not self.ending and bool(active) and all(version.ready for version in active)
+        if self.ending or not (active or self.requirements):
+            return False
+        return all(version.ready for version in active) and all(why_not() is None for why_not in self.requirements)
 
     @property
     def active(self) -> tuple[Version, ...]:
@@ -120,15 +124,20 @@ class Repository:
             raise UnknownModel(f"model {model!r} has no version {shown(number)}; it has {', '.join(versions)}")
         return versions[number]
 
-    def loaded(self, model: str, number: str = "") -> Version:
+    def loaded(self, model: str, number: str = "", *, accepted: bool = False) -> Version:
         """A version that takes requests; otherwise as :meth:`find`.
+
+        Args:
+            model: The model.
+            number: The number of the version; empty for the newest one.
+            accepted: Whether the request was accepted before, so that it is executed while the server stops.
 
         Raises:
             UnknownModel: There is no such model or version.
             NotLoaded: The version takes no requests.
         """
         version = self.find(model, number)
-        if self.ending:
+        if self.ending and not accepted:
             raise NotLoaded("the server is stopping and takes no more requests")
         if version.batcher is None:
             raise NotLoaded(f"model {model!r} version {version.number} takes no requests: {version.reason}")

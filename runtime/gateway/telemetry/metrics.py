@@ -24,6 +24,7 @@ from runtime.coordinator.counters import BUCKETS_NS
 from runtime.coordinator.status import NodeStats
 from runtime.gateway.counters import FAILURE_REASONS
 from runtime.gateway.models.version import Version, stage_name
+from runtime.gateway.services.pool import ServicePool
 from runtime.gateway.telemetry import text_metrics
 from runtime.gateway.telemetry.families import MetricValue, counter, gauge
 from runtime.gateway.telemetry.sampler import Sampler
@@ -43,6 +44,12 @@ _NODE_COUNTERS: tuple[tuple[str, str, Callable[[NodeStats], float]], ...] = (
     ("onnxsplit_node_restarts", "Processes of the node that were lost.", lambda n: n.restarts),
     ("onnxsplit_node_output_bytes", "Bytes of outputs.", lambda n: n.output_bytes),
     ("onnxsplit_node_shared_bytes", "Bytes of outputs that were passed in shared memory.", lambda n: n.shared_bytes),
+)
+
+_SERVICE_GAUGES: tuple[tuple[str, str, Callable[[ServicePool], float]], ...] = (
+    ("workers", "Workers that take calls.", lambda pool: pool.workers),
+    ("waiting", "Calls that wait for a worker.", lambda pool: pool.waiting),
+    ("executing", "Calls that workers execute.", lambda pool: pool.executing),
 )
 
 
@@ -71,6 +78,7 @@ class _Collector(Collector):
         yield from text_metrics.metrics(versions, nodes, self._sampler.text_times)
         yield from self._cache(versions)
         yield from self._nodes(nodes)
+        yield from _services(self._sampler.service.pools)
 
     def _server(self) -> Iterator[Metric]:
         sampler = self._sampler
@@ -193,6 +201,24 @@ def _models(versions: Sequence[Version]) -> Iterator[Metric]:
     yield gauge("onnxsplit_waiting_bytes", "Bytes of the inputs of waiting requests.", _MODEL, size)
     executing = each(lambda v: v.batcher.executing if v.batcher is not None else 0)
     yield gauge("onnxsplit_in_flight_requests", "Executions in the pipeline.", _MODEL, executing)
+
+
+def _services(pools: Sequence[ServicePool]) -> Iterator[Metric]:
+    """Metrics of services; none where there are none."""
+    if not pools:
+        return
+    for name, text, value in _SERVICE_GAUGES:
+        yield gauge(f"onnxsplit_service_{name}", text, ("service",), [((p.description.name,), value(p)) for p in pools])
+    restarts = [((pool.description.name,), float(pool.counters.restarts)) for pool in pools]
+    yield counter("onnxsplit_service_worker_restarts", "Workers that were started again.", ("service",), restarts)
+    rows = [
+        ((pool.description.name, *labels), number, seconds)
+        for pool in pools
+        for labels, (number, seconds) in pool.counters.calls.items()
+    ]
+    kinds = ("service", "endpoint", "outcome")
+    yield counter("onnxsplit_service_calls", "Calls of endpoints.", kinds, [(labels, n) for labels, n, _ in rows])
+    yield counter("onnxsplit_service_seconds", "Seconds of these calls.", kinds, [(labels, s) for labels, _, s in rows])
 
 
 def _buckets(counts: Sequence[int]) -> list[tuple[str, float]]:

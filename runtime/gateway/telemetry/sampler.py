@@ -139,6 +139,9 @@ class Sampler:
         for version in self._repository.active or self._repository:
             if (reason := version.why_not()) is not None:
                 return f"model {version.model!r} version {version.number}: {reason}"
+        for why_not in self._repository.requirements:
+            if (reason := why_not()) is not None:
+                return reason
         return "no model is loaded"
 
     def statistics(self, name: str, number: str = "") -> list[ModelStatistics]:

@@ -1,0 +1,196 @@
+"""The endpoints of a user's class: what the gateway is told of them, and how the worker executes them."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from onnxsplit.errors import InputError, OnnxsplitError
+from runtime.errors import PipelineError
+from runtime.logs import log_event
+from runtime.services.declare import ServiceDeclaration, ServiceModel, endpoints_of, steps_of
+from runtime.services.messages import EndpointDescription, ServiceDescription
+from runtime.services.parameters import Parameters
+from runtime.services.results import JSON, media_type, response_of
+from runtime.services.threads import in_thread
+
+_log = logging.getLogger("runtime.services")
+
+
+class ServiceEndpoint:
+    """An endpoint of a class.
+
+    Args:
+        name: the last part of its path; empty for the path of the service.
+        title: its name in messages.
+        method: the method that makes the arguments of a request's fields into a result.
+        result: the method whose result that is, if another one.
+
+    Raises:
+        InputError: the method's parameters cannot be given by a request.
+    """
+
+    def __init__(
+        self, name: str, title: str, method: Callable[..., Any], result: Callable[..., Any] | None = None
+    ) -> None:
+        self.name = name
+        self.title = title
+        self.parameters = Parameters(method, title)
+        self._method = method
+        self.summary = (inspect.getdoc(result or method) or "").partition("\n")[0]
+        self._returns = typing.get_type_hints(result or method).get("return", Any)
+
+    async def respond(self, call: Callable[..., Any], request: Request) -> Response:
+        """The response to a request.
+
+        Args:
+            call: the method of the service.
+            request: the request.
+
+        Raises:
+            OnnxsplitError: the request is refused, or fails. Anything that the user's code raises is logged.
+        """
+        arguments = await self.parameters.arguments(request)
+        try:
+            if inspect.iscoroutinefunction(call):
+                result = await call(**arguments)
+            elif inspect.isasyncgenfunction(call):
+                result = call(**arguments)
+            else:
+                result = await in_thread(call, **arguments)
+            return await in_thread(response_of, result, self._returns)
+        except OnnxsplitError:
+            raise
+        except HTTPException as error:
+            return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+        except Exception as error:
+            log_event(_log, logging.ERROR, "a service failed", endpoint=self.title)
+            _log.exception(self.title)
+            raise PipelineError(
+                f"{self.title} failed with {type(error).__name__}; the server's log says more"
+            ) from error
+
+    def described(self, by_struct: Mapping[Any, dict[str, Any]]) -> EndpointDescription:
+        """What the gateway is told; ``by_struct`` holds the JSON schemas of the types of requests and results."""
+        kind = media_type(self._returns)
+        schema = by_struct.get(self.result_type, {}) if kind == JSON else {}
+        return EndpointDescription(self.name, self.summary, by_struct[self.parameters.struct], (kind, schema))
+
+    @property
+    def result_type(self) -> Any:
+        """The type of the results, if msgspec has a JSON schema for it; None otherwise."""
+        if media_type(self._returns) != JSON or self._returns is Any:
+            return None
+        try:
+            msgspec.json.schema(self._returns)
+            hash(self._returns)
+        except (TypeError, ValueError):
+            return None
+        return self._returns
+
+
+class Steps:
+    """The only endpoint of a class with ``preprocess`` or ``postprocess``: both steps around its model.
+
+    Args:
+        made: the object of the class.
+        model: its model.
+    """
+
+    def __init__(self, made: Any, model: ServiceModel) -> None:
+        self._before, self._after = steps_of(made)
+        self._model = model
+
+    async def run(self, **arguments: Any) -> Any:
+        """The result for the fields of a request."""
+        inputs = await _step(self._before, **arguments) if self._before is not None else arguments
+        outputs = await self._model.arun(inputs)
+        return outputs if self._after is None else await _step(self._after, outputs)
+
+
+async def _step(step: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
+    if inspect.iscoroutinefunction(step):
+        return await step(*args, **keywords)
+    return await in_thread(step, *args, **keywords)
+
+
+def endpoints(declared: type) -> list[ServiceEndpoint]:
+    """The endpoints of a class.
+
+    Raises:
+        InputError: a method's parameters cannot be given by a request.
+    """
+    found = endpoints_of(declared)
+    if found:
+        return [ServiceEndpoint(name, f"{declared.__name__}.{name}", method) for name, method in sorted(found.items())]
+    before, after = steps_of(declared)
+    return [ServiceEndpoint("", declared.__name__, before or _raw, after or before)]
+
+
+def _raw(self: Any, inputs: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG001  a method, as others are
+    return inputs
+
+
+def described(declared: type, declaration: ServiceDeclaration, folder: Path) -> ServiceDescription:
+    """What the gateway is told of a service.
+
+    Args:
+        declared: the class.
+        declaration: what it declares.
+        folder: the folder of its file, from which paths of models begin.
+
+    Raises:
+        InputError: an endpoint cannot be served.
+    """
+    found = endpoints(declared)
+    types = {one: None for each in found for one in (each.parameters.struct, each.result_type) if one is not None}
+    template = f"#/components/schemas/{declared.__name__}.{{name}}"
+    references, schemas = msgspec.json.schema_components(types, ref_template=template)
+    by_struct = dict(zip(types, references, strict=True))
+    return ServiceDescription(
+        name=declared.__name__,
+        path=declaration.path,
+        models={name: str(folder / plan) for name, plan in declaration.models.items()},
+        workers=declaration.workers,
+        calls=declaration.calls,
+        attempts=declaration.attempts,
+        timeout=declaration.timeout,
+        endpoints=[each.described(by_struct) for each in found],
+        schemas={f"{declared.__name__}.{name}": schema for name, schema in schemas.items()},
+    )
+
+
+def make(declared: type, models: Mapping[str, ServiceModel]) -> dict[str, Callable[..., Any]]:
+    """Make the object of a service; returns its endpoints by name. Blocks as long as the user's constructor does."""
+    takes = len(inspect.signature(declared).parameters)
+    made = declared(models) if takes else declared()
+    found = {name: getattr(made, method.__name__) for name, method in endpoints_of(declared).items()}
+    return found or {"": Steps(made, next(iter(models.values()))).run}
+
+
+def check_name(name: str | None, services: Mapping[str, type], file: Path) -> type:
+    """The service of a name in a file; without a name, its only one.
+
+    Raises:
+        InputError: there is no such service, or there are several.
+    """
+    if name is not None and name in services:
+        return services[name]
+    unique = list(dict.fromkeys(services.values()))
+    if name is None and len(unique) == 1:
+        return unique[0]
+    if not services:
+        raise InputError(f"{file} has no service; mark a class with @service from onnxsplit")
+    have = ", ".join(services)
+    raise InputError(
+        f"{file} has no service {name!r}; it has {have}" if name else f"{file} has several services; add :NAME ({have})"
+    )

@@ -1,0 +1,97 @@
+"""The result of an endpoint as a response."""
+
+from __future__ import annotations
+
+import io
+import typing
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import msgspec
+import numpy as np
+from starlette.concurrency import iterate_in_threadpool
+from starlette.responses import Response, StreamingResponse
+
+from onnxsplit.errors import OnnxsplitError, one_line
+from runtime.errors import PipelineError
+
+JSON = "application/json"
+EVENTS = "text/event-stream"
+BYTES = "application/octet-stream"
+
+
+def media_type(annotation: Any) -> str:
+    """The media type of the results of a method, from the type that it returns."""
+    origin = typing.get_origin(annotation) or annotation
+    if isinstance(origin, type):
+        if issubclass(origin, Iterator | AsyncIterator) or origin.__name__ in ("Iterable", "AsyncIterable"):
+            return BYTES if typing.get_args(annotation)[:1] == (bytes,) else EVENTS
+        if issubclass(origin, bytes | bytearray):
+            return BYTES
+        if issubclass(origin, str):
+            return "text/plain"
+        if _is_picture(origin):
+            return "image/png"
+        if issubclass(origin, Response):
+            return origin.media_type or BYTES
+    return JSON
+
+
+def response_of(result: Any, annotation: Any) -> Response:
+    """The response for a result; ``annotation`` is the type that the method returns.
+
+    Raises:
+        PipelineError: the result is nothing that a response can carry; the message names its type.
+    """
+    if isinstance(result, Response):
+        return result
+    if isinstance(result, bytes | bytearray | memoryview):
+        return Response(bytes(result), media_type=BYTES)
+    if isinstance(result, str):
+        return Response(result, media_type="text/plain")
+    if _is_picture(type(result)):
+        picture = io.BytesIO()
+        result.save(picture, "PNG")
+        return Response(picture.getvalue(), media_type="image/png")
+    if isinstance(result, Iterator | AsyncIterator):
+        parts = result if isinstance(result, AsyncIterator) else iterate_in_threadpool(result)
+        if media_type(annotation) == BYTES:
+            return StreamingResponse(parts, media_type=BYTES)
+        return StreamingResponse(_events(parts), media_type=EVENTS, headers={"cache-control": "no-cache"})
+    return Response(_json(result), media_type=JSON)
+
+
+async def _events(parts: AsyncIterator[Any]) -> AsyncIterator[bytes]:
+    """The parts of a stream as server-sent events. An error becomes the last event."""
+    try:
+        async for part in parts:
+            yield _event(part)
+    except OnnxsplitError as error:
+        yield b"event: error\n" + _event({"error": str(error)})
+
+
+def _event(part: Any) -> bytes:
+    """Texts are sent as they are, line by line; anything else as JSON."""
+    text = part if isinstance(part, str) else _json(part).decode()
+    return b"".join(b"data: " + line.encode() + b"\n" for line in text.split("\n")) + b"\n"
+
+
+def _is_picture(kind: type) -> bool:
+    """Whether a type is one of Pillow's, which is not imported here."""
+    return any(base.__module__.split(".")[0] == "PIL" for base in kind.__mro__)
+
+
+def _json(value: Any) -> bytes:
+    try:
+        return msgspec.json.encode(value, enc_hook=_plain)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise PipelineError(f"the endpoint returned what is not JSON: {one_line(error)}") from error
+
+
+def _plain(value: Any) -> Any:
+    """Values that msgspec does not know: arrays and numbers of NumPy, and Pydantic's models."""
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    if hasattr(value, "model_dump"):
+        return value.model_dump(mode="json")
+    raise TypeError(f"{type(value).__name__} is not data")

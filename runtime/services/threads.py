@@ -1,0 +1,25 @@
+"""The threads of a worker, in which the user's plain methods run."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextvars import copy_context
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+async def in_thread(work: Callable[P, T], *args: P.args, **keywords: P.kwargs) -> T:
+    """Do some work in one of the event loop's threads.
+
+    A thread cannot be stopped: when the caller is cancelled, this ends only when the work has.
+    """
+    context = copy_context()
+    running = asyncio.get_running_loop().run_in_executor(None, lambda: context.run(work, *args, **keywords))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait([running])
+        raise
