@@ -280,6 +280,8 @@ class _Gateway:
 
     def _stop(self) -> None:
         self._repository.ending = True
+        for pool in self._pools:
+            pool.stop()
         self._ending.set()
 
     def _serving(self, http_port: int, grpc_port: int | None) -> Serving:

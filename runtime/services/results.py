@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import typing
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -14,6 +15,8 @@ from starlette.responses import Response, StreamingResponse
 
 from onnxsplit.errors import OnnxsplitError, one_line
 from runtime.errors import PipelineError
+
+_log = logging.getLogger("runtime.services")
 
 JSON = "application/json"
 EVENTS = "text/event-stream"
@@ -68,6 +71,9 @@ async def _events(parts: AsyncIterator[Any]) -> AsyncIterator[bytes]:
             yield _event(part)
     except OnnxsplitError as error:
         yield b"event: error\n" + _event({"error": str(error)})
+    except Exception as error:
+        _log.exception("a stream of events failed")
+        yield b"event: error\n" + _event({"error": f"{type(error).__name__}; the server's log says more"})
 
 
 def _event(part: Any) -> bytes:

@@ -17,7 +17,14 @@ async def in_thread(work: Callable[P, T], *args: P.args, **keywords: P.kwargs) -
     A thread cannot be stopped: when the caller is cancelled, this ends only when the work has.
     """
     context = copy_context()
-    running = asyncio.get_running_loop().run_in_executor(None, lambda: context.run(work, *args, **keywords))
+
+    def run() -> T:
+        try:
+            return context.run(work, *args, **keywords)
+        except StopIteration as error:  # which no future can hold
+            raise RuntimeError("StopIteration was raised outside an iterator") from error
+
+    running = asyncio.get_running_loop().run_in_executor(None, run)
     try:
         return await asyncio.shield(running)
     except asyncio.CancelledError:

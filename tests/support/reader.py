@@ -24,6 +24,7 @@ class Reader:
         self.environment = environment
         self.opened = opened
         self.addresses: dict[str, str] = {}
+        self.answers: list[str] = []  # what curl and Python have printed
 
     def follow(self, kind: str, block: str) -> None:
         """Run a block as its kind says."""
@@ -31,7 +32,7 @@ class Reader:
             for command in pages.commands(block):
                 self.type(command)
         elif kind == "python":
-            self.run([sys.executable, "-c", self.here(block)])
+            self.answers.append(self.run([sys.executable, "-c", self.here(block)]))
         elif named := re.fullmatch(r'python title="(\S+)"', kind):
             (self.folder / named[1]).write_text(block)
 
@@ -54,7 +55,7 @@ class Reader:
             self.run([*ONNXSPLIT, *words])
         else:
             assert program == "curl", f"the page has a command that this test cannot run: {command}"
-            self.run(["curl", "--fail", *words])
+            self.answers.append(self.run(["curl", "--fail", "--silent", *words]))
 
     def here(self, text: str) -> str:
         """A text with the README's addresses replaced by those of the server."""
@@ -62,12 +63,13 @@ class Reader:
             text = text.replace(written, address)
         return text
 
-    def run(self, command: list[str]) -> None:
-        """Run a command to its end; it must succeed."""
+    def run(self, command: list[str]) -> str:
+        """Run a command to its end, which must be a success; return its output."""
         done = subprocess.run(
             command, cwd=self.folder, env=self.environment, capture_output=True, text=True, check=False, timeout=240
         )
         assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
 
     def serve(self, words: list[str]) -> None:
         """Start the server, on free ports; it is stopped, and must exit with 0, when the reader is done."""

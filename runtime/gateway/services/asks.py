@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
-from onnxsplit.errors import OnnxsplitError
+from onnxsplit.errors import OnnxsplitError, one_line
 from onnxsplit.tensors import Array
 from runtime.errors import PipelineClosed, ProtocolError
-from runtime.gateway.errors import GatewayError
+from runtime.gateway.errors import GatewayError, client_message
 from runtime.gateway.protocol.inference import InferRequest, InferResponse, RequestedOutput
 from runtime.gateway.service import IncomingRequest, Service, Undecoded
 from runtime.gateway.services.process import WorkerProcess
+from runtime.logs import log_event
 from runtime.services.messages import Ask, AskFailed, AskOutputs, kind_of
 from runtime.wire.codec import decode_tensors, encode_tensors
+
+_log = logging.getLogger("runtime.gateway")
 
 
 class ModelAsks:
@@ -38,6 +42,9 @@ class ModelAsks:
             worker.channel.send(AskFailed(ask.ask, kind_of(PipelineClosed()), str(error)))
         except OnnxsplitError as error:
             worker.channel.send(AskFailed(ask.ask, kind_of(error), str(error)))
+        except Exception as error:  # a bug; the worker must not wait for ever
+            log_event(_log, logging.ERROR, "a bug", error=type(error).__name__, reason=one_line(error))
+            worker.channel.send(AskFailed(ask.ask, "PipelineError", client_message(error)))
 
     async def _outputs(self, ask: Ask, frames: list[bytes]) -> dict[str, Array]:
         if ask.model not in self._models:

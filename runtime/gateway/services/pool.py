@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
-from onnxsplit.errors import InputError, OnnxsplitError
+from onnxsplit.errors import InputError
 from runtime.errors import Busy, DeadlineExceeded, LaunchFailed, ProtocolError, StageUnavailable
 from runtime.gateway.counters import failure_reason
-from runtime.gateway.errors import NotLoaded
+from runtime.gateway.errors import NotLoaded, client_message
 from runtime.gateway.services.dispatch import Dispatch
 from runtime.gateway.services.process import ServiceTarget, WorkerProcess
 from runtime.logs import log_event
@@ -196,11 +196,19 @@ class ServicePool:
         """
         self._keeping = [asyncio.ensure_future(self._keep()) for _ in range(self.description.workers)]
         await self._started
-        log_event(_log, logging.INFO, "service loaded", service=self.description.name, workers=self.description.workers)
+        if not self._closing:
+            name, workers = self.description.name, self.description.workers
+            log_event(_log, logging.INFO, "service loaded", service=name, workers=workers)
+
+    def stop(self) -> None:
+        """Take no more calls, and do not wait for workers that are starting."""
+        self._closing = True
+        if not self._started.done():
+            self._started.set_result(None)
 
     async def close(self, patience_s: float) -> None:
         """Take no more calls, wait for those there are at most ``patience_s`` seconds, and end all workers."""
-        self._closing = True
+        self.stop()
         with suppress(TimeoutError):
             async with asyncio.timeout(patience_s):
                 while self._calls:
@@ -220,16 +228,16 @@ class ServicePool:
             begun = time.monotonic()
             try:
                 await self._run()
-            except OnnxsplitError as error:
+            except Exception as error:
                 if not self._started.done():
                     self._started.set_exception(error)
                     return
-                self._trouble = str(error)
+                self._trouble = client_message(error)
                 lived = time.monotonic() - begun
                 pause = 0.0 if lived > _STABLE_S else min(max(2 * pause, _FIRST_PAUSE_S), _MOST_PAUSE_S)
                 self.counters.restarts += 1
                 log_event(
-                    _log, logging.ERROR, "worker ended", service=self.description.name, reason=str(error),
+                    _log, logging.ERROR, "worker ended", service=self.description.name, reason=self._trouble,
                     again_s=pause,
                 )  # fmt: skip
 
