@@ -142,6 +142,7 @@ PURE = [
     *("runtime.gateway.protocol.documents", "runtime.gateway.protocol.tensor_data", "runtime.gateway.protocol.text"),
     *("runtime.services.declare", "runtime.gateway.services.dispatch"),
     *("runtime.gateway.http.codec", "runtime.gateway.grpc.codec"),
+    *("runtime.gateway.sequence_states", "runtime.gateway.models.states"),
     *("runtime.gateway.openai.figures", "runtime.gateway.openai.protocol", "runtime.gateway.openai.objects"),
     *("runtime.gateway.openai.errors", "runtime.gateway.openai.options", "runtime.gateway.openai.tool_calls"),
 ]

@@ -27,13 +27,14 @@ from onnxsplit.cli.help import (
 )
 from onnxsplit.cli.output import Output, make_command
 from onnxsplit.cli.running import keywords, parameter_names, serving_options
-from onnxsplit.cli.serve_options import ACCESS, ADDRESSES, FILE, NODE_SOURCE, OTHER, QUEUE, TEXTS, VERSIONS
+from onnxsplit.cli.serve_options import ACCESS, ADDRESSES, FILE, NODE_SOURCE, OTHER, QUEUE, SEQUENCES, TEXTS, VERSIONS
 from onnxsplit.cli.settings import different
 
 if TYPE_CHECKING:
     from runtime.gateway.models.repository import StartPipeline
     from runtime.gateway.models.version import Version
-    from runtime.gateway.server import ServeOptions, Serving
+    from runtime.gateway.serve_options import ServeOptions
+    from runtime.gateway.server import Serving
     from runtime.launch.ray import Placement
     from runtime.pipeline import Pipeline
 
@@ -142,7 +143,15 @@ class _NodeSource:
 @click.argument("plans", type=FILE, metavar="DIR|FILE.py:NAME...", nargs=-1, required=True)
 @add_options(under(NETWORK, ADDRESSES))
 @serving_options
-@add_options([*under(REQUESTS, QUEUE), *under(MODELS, VERSIONS), *under(LANGUAGE_MODELS, TEXTS), *OTHER])
+@add_options(
+    [
+        *under(REQUESTS, QUEUE),
+        *under(REQUESTS, SEQUENCES),
+        *under(MODELS, VERSIONS),
+        *under(LANGUAGE_MODELS, TEXTS),
+        *OTHER,
+    ]
+)
 @add_options(under(SECURITY, ACCESS))
 @add_options(under(OTHER_HOSTS, NODE_SOURCE))
 def command(output: Output, *, plans: tuple[Path, ...], **values: Any) -> None:
@@ -151,7 +160,9 @@ def command(output: Output, *, plans: tuple[Path, ...], **values: Any) -> None:
     A folder of numbered folders is one model with these versions. FILE.py[:NAME] is a service: a class in Python, with
     steps before and after models. After SIGTERM, accepted requests are answered before the server stops.
     """
-    gateway = {name: values.pop(name) for name in parameter_names(ADDRESSES, QUEUE, VERSIONS, TEXTS, OTHER, ACCESS)}
+    gateway = {
+        name: values.pop(name) for name in parameter_names(ADDRESSES, QUEUE, SEQUENCES, VERSIONS, TEXTS, OTHER, ACCESS)
+    }
     nodes = _NodeSource(
         **{name: values.pop(name) for name in parameter_names(NODE_SOURCE)}, custom_ops=values["custom_ops"]
     )
@@ -208,10 +219,12 @@ def _serve_options(
     otel: bool,
     warmup: tuple[str, ...],
     poll: float,
+    state: tuple[str, ...],
+    sequence_idle: float,
     **same: Any,
 ) -> ServeOptions:
     from runtime.gateway.models.warmup import Warmup
-    from runtime.gateway.server import ServeOptions
+    from runtime.gateway.serve_options import ServeOptions
 
     return ServeOptions(
         max_delay_ms=max_delay,
@@ -221,6 +234,8 @@ def _serve_options(
         spans=otel,
         warmup=Warmup.read(warmup),
         poll_s=poll,
+        states=state,
+        sequence_idle_s=sequence_idle,
         **same,
     )
 

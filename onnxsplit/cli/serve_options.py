@@ -98,6 +98,34 @@ QUEUE: OptionTable = [
         },
     ),
 ]
+SEQUENCES: OptionTable = [
+    (
+        ("--state",),
+        {
+            "multiple": True,
+            "metavar": "[MODEL:]INPUT=OUTPUT",
+            "help": "A state of a model: the server keeps the output, and gives it to the next request with the same "
+            "sequence_id as the input. Repeatable.",
+        },
+    ),
+    (
+        ("--max-sequences",),
+        {"type": click.IntRange(1, 1_000_000), "default": 1024, "help": "Most sequences that run at once."},
+    ),
+    (
+        ("--sequence-bytes",),
+        {"type": SizeParam(), "default": "1G", "help": "Most bytes of the states of all sequences."},
+    ),
+    (
+        ("--sequence-idle",),
+        {
+            "type": NumberParam(0.001, MOST_SECONDS),
+            "default": 60.0,
+            "metavar": "SECONDS",
+            "help": "Drop a sequence after so long without a request.",
+        },
+    ),
+]
 VERSIONS: OptionTable = [
     (
         ("--versions",),

@@ -48,14 +48,14 @@ class PreparedRequest(Struct, frozen=True, eq=False):
         batcher: The version's batcher, for which it was checked.
         request: The request; once it is remembered, without its tensors and parameters.
         requested: The outputs that the response holds.
-        checked: What the batcher knows of it.
+        checked: What the batcher knows of it; None for a request of a sequence.
     """
 
     version: Version
     batcher: Batcher
     request: InferRequest
     requested: tuple[RequestedOutput, ...]
-    checked: Checked
+    checked: Checked | None
 
 
 Recalled = tuple[PreparedRequest, Mapping[str, Array]]
@@ -100,12 +100,16 @@ class PreparedRequests:
     def learn(self, changes: int, key: Hashable, message: bytes | bytearray, prepared: PreparedRequest) -> None:
         """Remember a request, if all of its inputs are views of the message and it has no name of its own.
 
+        Requests of sequences are not remembered: few are alike, and they are checked with their states.
+
         Args:
             changes: How often the models had changed when its version was looked up.
             key: Its key.
             message: The whole message.
             prepared: What is known of it, with its inputs.
         """
+        if prepared.request.sequence is not None:
+            return
         places = _places(message, prepared.request.inputs)
         if places is None or prepared.request.id or changes != self._changes:
             return

@@ -16,7 +16,7 @@ from typing import Any
 import grpc
 import uvicorn
 
-from onnxsplit.errors import InputError, OnnxsplitError
+from onnxsplit.errors import OnnxsplitError
 from runtime.descriptors import raise_limit
 from runtime.errors import LaunchFailed
 from runtime.gateway.access import LOOPBACK, AccessControl, read_tokens
@@ -28,12 +28,11 @@ from runtime.gateway.http.connections import Connection
 from runtime.gateway.models.polling import Poller
 from runtime.gateway.models.repository import Repository, StartPipeline
 from runtime.gateway.models.version import Version, find_versions, is_empty
-from runtime.gateway.models.warmup import Warmup
 from runtime.gateway.openai.catalogue import Catalogue
 from runtime.gateway.openai.routes import OpenAIEndpoint
 from runtime.gateway.openai.starting import TextStarter
-from runtime.gateway.queue import Limits
 from runtime.gateway.response_cache import ResponseCache
+from runtime.gateway.serve_options import ServeOptions
 from runtime.gateway.service import Service
 from runtime.gateway.services.served import ServedService, make_pools
 from runtime.gateway.shared_memory import SharedMemoryRegions
@@ -42,7 +41,6 @@ from runtime.gateway.telemetry.sampler import Sampler
 from runtime.gateway.texts import Texts
 from runtime.gateway.threads import Workers
 from runtime.logs import log_event
-from runtime.text.tools import ToolFormat
 
 _log = logging.getLogger("runtime.gateway")
 
@@ -52,86 +50,6 @@ _DESCRIPTORS = 65536
 _WORKERS = 2
 _GRPC_METADATA_BYTES = 64 << 10
 _INT32_MAX = 2**31 - 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServeOptions:
-    """How to serve.
-
-    Attributes:
-        host: Name or address at which to listen.
-        http_port: Port of HTTP; 0 takes any free port.
-        grpc_port: Port of gRPC; 0 takes any free port, None does not serve gRPC.
-        max_batch: Most rows to which requests are joined; 1 joins nothing.
-        max_delay_ms: Longest time for which a request waits for others to join, in milliseconds.
-        priority_levels: Number of priority levels of waiting requests.
-        max_queue: Most requests that wait before a pipeline; more are refused.
-        max_queue_bytes: Most bytes of their inputs, and of all requests that are held.
-        max_body: Most bytes of one request.
-        poll_s: Seconds between two looks at the folders of the models; 0 never looks.
-        newest: How many of the newest versions of each model are loaded.
-        tls_cert: PEM file with the certificate chain; None serves without TLS.
-        tls_key: PEM file with the certificate's key.
-        token_file: File with the tokens, one of which every request must carry; None needs no token.
-        shared_memory: Beginning of the names of shared memory that clients may register; empty for any name, None for
-            no shared memory.
-        served_names: What clients of OpenAI's API call the only model; empty for the models' own names.
-        tool_parser: How the models write calls of tools; None where that is not known.
-        drain_s: Seconds for which accepted requests are answered when the server stops.
-        spans: True to send spans to OpenTelemetry.
-        response_cache: Most bytes of outputs that are kept to answer the same requests again; 0 keeps none.
-        warmup: Requests that each model answers before it is ready.
-    """
-
-    host: str = "127.0.0.1"
-    http_port: int = 8000
-    grpc_port: int | None = 8001
-    max_batch: int = 1
-    max_delay_ms: float = 0.0
-    priority_levels: int = 1
-    max_queue: int = 256
-    max_queue_bytes: int = 1 << 30
-    max_body: int = 256 << 20
-    poll_s: float = 0.0
-    newest: int = 1
-    tls_cert: Path | None = None
-    tls_key: Path | None = None
-    token_file: Path | None = None
-    shared_memory: str | None = None
-    served_names: tuple[str, ...] = ()
-    tool_parser: ToolFormat | None = None
-    drain_s: float = 30.0
-    spans: bool = False
-    response_cache: int = 0
-    warmup: Warmup = field(default_factory=Warmup)
-
-    def check(self) -> None:
-        """Refuse combinations that cannot be served.
-
-        Raises:
-            InputError: The message names the option.
-        """
-        if (self.tls_cert is None) != (self.tls_key is None):
-            raise InputError("--tls-cert and --tls-key belong together; give both or none")
-        for file in (self.tls_cert, self.tls_key):
-            if file is not None and not file.is_file():
-                raise InputError(f"no such file: {file}")
-
-    @property
-    def url_host(self) -> str:
-        """The host as it stands in URLs."""
-        return f"[{self.host}]" if ":" in self.host else self.host
-
-    @property
-    def limits(self) -> Limits:
-        """The limits of the queue before each pipeline."""
-        return Limits(
-            requests=self.max_queue,
-            size_bytes=self.max_queue_bytes,
-            max_batch=self.max_batch,
-            max_delay_ns=int(self.max_delay_ms * 1e6),
-            levels=self.priority_levels,
-        )
 
 
 @dataclass(frozen=True)
@@ -211,7 +129,14 @@ class _Gateway:
         self._options = options
         self._folders = folders
         self._ending = asyncio.Event()
-        self._repository = Repository(versions, start, options.limits, newest=options.newest, warmup=options.warmup)
+        self._repository = Repository(
+            versions,
+            start,
+            options.limits,
+            newest=options.newest,
+            warmup=options.warmup,
+            sequences=options.sequences(list(dict.fromkeys(version.model for version in versions))),
+        )
         self._regions = SharedMemoryRegions(
             options.shared_memory, allowed=options.host in LOOPBACK, most_bytes=options.max_body
         )

@@ -16,9 +16,16 @@ from runtime.gateway.errors import GatewayError, NotLoaded, Unsupported, client_
 from runtime.gateway.models.repository import Repository
 from runtime.gateway.models.version import TEXT, Part, Version, split_name
 from runtime.gateway.prepared import PreparedRequest, PreparedRequests, Recalled
-from runtime.gateway.protocol.inference import InferRequest, InferResponse, ReadRegion, RequestedOutput
+from runtime.gateway.protocol.inference import (
+    InferRequest,
+    InferResponse,
+    ReadRegion,
+    RequestedOutput,
+    SequencePlace,
+)
 from runtime.gateway.protocol.tensor_data import classify, to_bytes
 from runtime.gateway.response_cache import ResponseCache
+from runtime.gateway.sequences import SequenceStep
 from runtime.gateway.shared_memory import SharedMemoryRegions
 from runtime.gateway.spans import Spans
 from runtime.gateway.telemetry.slowest import SlowRequest
@@ -57,6 +64,8 @@ class Undecoded(Struct):
         number: Number of the version; empty for the newest one.
         parse: Decodes the request; gets a function that reads shared memory.
         parsed_bytes: Bytes of the message that are looked at one by one.
+        sequence: The sequence that the request belongs to, where that is known before it is decoded. Requests of a
+            sequence are executed in the order in which they arrive, or else in which they were decoded.
         accepted: Whether it is part of a request that was accepted, so that it is executed while the server stops.
     """
 
@@ -64,6 +73,7 @@ class Undecoded(Struct):
     number: str
     parse: Callable[[ReadRegion], InferRequest]
     parsed_bytes: int
+    sequence: Callable[[], SequencePlace | None] = lambda: None
     accepted: bool = False
 
 
@@ -74,6 +84,7 @@ class _Execution(Struct):
     inputs: Mapping[str, Array]
     decoded_ns: int
     deadline_ns: int | None
+    step: SequenceStep | None
 
 
 class Service:
@@ -166,23 +177,31 @@ class Service:
         version = self._asked(known) if isinstance(known, Undecoded) else known[0].version
         counters = version.counters
         counters.pending += 1
+        step = None
         try:
+            step = version.join(known.sequence()) if isinstance(known, Undecoded) else None
             prepared, inputs = await self._prepare(version, message, known) if isinstance(known, Undecoded) else known
+            step = step or version.join(prepared.request.sequence)
             requested = prepared.requested
             decoded = time.monotonic_ns()
             deadline = _deadline(arrived, message.timeout_ns, prepared.request.timeout_ns)
-            execution = _Execution(prepared, inputs, decoded, deadline)
-            outputs, run = await (self._execute(execution) if self.cache is None else self._find(execution))
+            execution = _Execution(prepared, inputs, decoded, deadline, step)
+            cached = self.cache is not None and step is None
+            outputs, run = await (self._find(execution) if cached else self._execute(execution))
             returned = time.monotonic_ns()
             response = InferResponse(prepared.request.id, version.model, version.number, outputs, requested)
             long = _encoding_takes_long(requested, outputs)
             encoded: Encoded = await self.workers.run(long, self._encode, version, response, message.encode)
+            if step is not None:
+                step.keep()
             ended = time.monotonic_ns()
         except (Exception, asyncio.CancelledError) as error:
             self._failed(version, error, arrived, message.headers)
             raise
         finally:
             counters.pending -= 1
+            if step is not None:
+                step.leave()
         if run is None:
             counters.answered(
                 0, decode_ns=decoded - arrived, queue_ns=0, infer_ns=returned - decoded, encode_ns=ended - returned
@@ -195,6 +214,11 @@ class Service:
 
     async def _execute(self, execution: _Execution) -> tuple[dict[str, Array], Inference | None]:
         prepared = execution.prepared
+        if execution.step is not None:
+            return await execution.step.run(
+                prepared.batcher, prepared.request, prepared.requested, execution.decoded_ns, execution.deadline_ns
+            )
+        assert prepared.checked is not None
         return await prepared.batcher.run(
             execution.inputs, prepared.checked, execution.decoded_ns, execution.deadline_ns, prepared.request.priority
         )
@@ -204,6 +228,7 @@ class Service:
         assert self.cache is not None
         prepared, begun = execution.prepared, time.monotonic_ns()
         version, checked = prepared.version, prepared.checked
+        assert checked is not None
         names, long = checked.selection.names, takes_long(copied_bytes=checked.size_bytes)
         key = await self.workers.run(long, self.cache.key, version.fingerprint, names, execution.inputs)
         found = self.cache.find(key)

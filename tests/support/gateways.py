@@ -12,7 +12,8 @@ from typing import Any
 from runtime import Pipeline
 from runtime.gateway.access import AccessControl
 from runtime.gateway.models.version import Version, find_versions
-from runtime.gateway.server import ServeOptions, Serving, _Gateway, listen
+from runtime.gateway.serve_options import ServeOptions
+from runtime.gateway.server import Serving, _Gateway, listen
 
 
 @asynccontextmanager

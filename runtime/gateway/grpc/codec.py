@@ -14,7 +14,7 @@ from tritonclient.grpc import service_pb2 as pb
 from onnxsplit.errors import InputError, one_line, shown
 from onnxsplit.tensors import Array
 from runtime.gateway.errors import TooLarge
-from runtime.gateway.protocol.inference import InferRequest, InferResponse, ReadRegion, datatype_of
+from runtime.gateway.protocol.inference import InferRequest, InferResponse, ReadRegion, SequencePlace, datatype_of
 from runtime.gateway.protocol.parameters import (
     MOST_JSON_BYTES,
     MOST_TENSORS,
@@ -22,6 +22,7 @@ from runtime.gateway.protocol.parameters import (
     priority,
     region_slice_of,
     requested_output,
+    sequence,
     timeout_ns,
 )
 from runtime.gateway.protocol.tensor_data import check_count, check_rank, from_bytes, from_items, to_bytes
@@ -101,6 +102,15 @@ def _varint(view: memoryview, at: int) -> tuple[int, int]:
     return value, at
 
 
+def sequence_of(message: Any) -> SequencePlace | None:
+    """The sequence that a message belongs to, which is known before its tensors are decoded.
+
+    Raises:
+        InputError: As :func:`~runtime.gateway.protocol.parameters.sequence`.
+    """
+    return sequence(parameters_of(message.parameters))
+
+
 def parse(message: Any, raw: Sequence[bytes | memoryview], read: ReadRegion) -> InferRequest:
     """Decode a request.
 
@@ -146,6 +156,7 @@ def parse(message: Any, raw: Sequence[bytes | memoryview], read: ReadRegion) -> 
         ),
         timeout_ns=timeout_ns(parameters),
         priority=priority(parameters),
+        sequence=sequence(parameters),
         parameters={name: value for name, value in parameters.items() if name not in _PROTOCOL_PARAMETERS},
     )
 

@@ -304,6 +304,7 @@ def _undecoded(message: bytes, split: codec.SplitRequest) -> Undecoded:
         asked.model_version,
         lambda read: codec.parse(asked, raw, read),
         len(message) - sum(map(len, raw)),
+        lambda: codec.sequence_of(asked),
     )
 
 

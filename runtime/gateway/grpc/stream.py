@@ -1,7 +1,8 @@
 """One stream of ``ModelStreamInfer``: requests in, responses out.
 
 A request for tensors has one response, and these responses keep the order of their requests. A request for a text has
-a response for each part of it; those of several texts come as the texts do.
+a response for each part of it; those of several texts come as the texts do. Requests of a sequence are executed in the
+order in which they stand in the stream.
 
     requests    tensors 1    text 2     tensors 3
     responses   1            2a         3            2b         2c
@@ -66,6 +67,7 @@ class InferStream:
         self._workers = workers
         self._budget = budget
         self._message_of = message_of
+        self._parsing = asyncio.Lock()
         self._room = asyncio.Semaphore(_MOST_RUNNING)
         self._unsent: asyncio.Queue[tuple[Any, int] | None] = asyncio.Queue(_MOST_UNSENT)
         self._running: set[asyncio.Task[None]] = set()
@@ -120,7 +122,8 @@ class InferStream:
         request = pb.ModelInferRequest()
         try:
             with self._budget.holding(len(message)):
-                request, raw = await self._split(message)
+                async with self._parsing:  # what follows up to the next await is done in the order of the requests
+                    request, raw = await self._split(message)
                 names = [tensor.name for tensor in request.inputs]
                 if self._texts.asks_for_text(request.model_name, request.model_version, names):
                     after.set()

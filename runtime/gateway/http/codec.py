@@ -27,6 +27,7 @@ from runtime.gateway.protocol.parameters import (
     priority,
     region_slice_of,
     requested_output,
+    sequence,
     timeout_ns,
     whole_number,
 )
@@ -133,6 +134,7 @@ def parse(body: bytes | bytearray | memoryview, header_length: int | None, read:
         all_binary=flag(parameters, "binary_data_output"),
         timeout_ns=timeout_ns(parameters),
         priority=priority(parameters),
+        sequence=sequence(parameters),
         parameters={name: value for name, value in parameters.items() if name not in _PROTOCOL_PARAMETERS},
     )
 

@@ -3,7 +3,8 @@
 A model is announced as an ensemble with one step for each stage, so that clients which know ensembles report each
 stage separately. A stage is named ``MODEL.stage0``. Clients can ask about it, but it runs only as part of its model.
 The text of a model with a tokenizer is named ``MODEL.text``, and is announced as Triton's backends for language models
-announce theirs.
+announce theirs. A model whose states the user has declared is announced as one that takes sequences, without these
+states among its inputs and outputs, and not as an ensemble: Triton's configuration cannot say both.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from runtime.gateway.protocol.inference import DATATYPES
 from runtime.gateway.protocol.text import INPUTS, OUTPUTS, TEXT_INPUT
 
 NAME = "onnxsplit"
+_INT32_MAX = 2**31 - 1
 _SHARED_MEMORY = "system_shared_memory"
 EXTENSIONS = (
     "classification",
@@ -58,20 +60,22 @@ def metadata(version: Version, numbers: Sequence[str], stage: Part = None) -> Mo
             inputs=[TensorMetadata(name, datatype, [_text_size(name)]) for name, datatype in INPUTS.items()],
             outputs=[TensorMetadata(name, datatype, [1]) for name, datatype in OUTPUTS.items()],
         )
-    inputs, outputs = _tensor_names(version.plan, stage)
+    inputs, outputs = _tensor_names(version, stage)
+    whole = NAME if version.states.declared else "ensemble"
     return ModelMetadata(
         name=version.model if stage is None else stage_name(version.model, stage),
         versions=list(numbers),
-        platform="ensemble" if stage is None else "onnxruntime_onnx",
+        platform=whole if stage is None else "onnxruntime_onnx",
         inputs=[_tensor(version.plan, name) for name in inputs],
         outputs=[_tensor(version.plan, name) for name in outputs],
     )
 
 
-def _tensor_names(plan: Plan, stage: int | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _tensor_names(version: Version, stage: int | None) -> tuple[list[str], list[str]]:
+    plan, hidden = version.plan, version.states.hidden
     if stage is None:
-        return plan.inputs, plan.outputs
-    return plan.stages[stage].inputs, plan.stages[stage].outputs
+        return [name for name in plan.inputs if name not in hidden], [n for n in plan.outputs if n not in hidden]
+    return list(plan.stages[stage].inputs), list(plan.stages[stage].outputs)
 
 
 def _tensor(plan: Plan, name: str) -> TensorMetadata:
@@ -89,7 +93,7 @@ def config(version: Version, stage: Part = None) -> Json:
     if stage == TEXT:
         return _text_config(version)
     plan = version.plan
-    inputs, outputs = _tensor_names(plan, stage)
+    inputs, outputs = _tensor_names(version, stage)
     name = version.model if stage is None else stage_name(version.model, stage)
     document: Json = {
         "name": name,
@@ -100,7 +104,9 @@ def config(version: Version, stage: Part = None) -> Json:
         "input": [_configured_input(plan, tensor) for tensor in inputs],
         "output": [_configured(plan, tensor) for tensor in outputs],
     }
-    if stage is None:
+    if stage is None and version.states.declared:
+        document |= {"platform": "", "backend": NAME, "sequence_batching": _sequence_batching(version)}
+    elif stage is None:
         document["ensemble_scheduling"] = {"step": [_step(version.model, one) for one in plan.stages]}
     else:
         nodes = [n for n in version.pipeline.stats() if n.stage == stage] if version.pipeline is not None else []
@@ -112,9 +118,32 @@ def config(version: Version, stage: Part = None) -> Json:
 
 
 def _configured(plan: Plan, name: str) -> Json:
+    return {"name": name, "data_type": _data_type(plan, name), "dims": dims(plan, name)}
+
+
+def _data_type(plan: Plan, name: str) -> str:
     datatype = DATATYPES.get(plan.tensors[name].dtype)
-    kind = "TYPE_INVALID" if datatype is None else "TYPE_STRING" if datatype == "BYTES" else f"TYPE_{datatype}"
-    return {"name": name, "data_type": kind, "dims": dims(plan, name)}
+    return "TYPE_INVALID" if datatype is None else "TYPE_STRING" if datatype == "BYTES" else f"TYPE_{datatype}"
+
+
+def _sequence_batching(version: Version) -> Json:
+    """How requests of sequences are executed, in Triton's terms: any of the running sequences may be next."""
+    document: Json = {
+        "state": [
+            {
+                "input_name": pair.input,
+                "output_name": pair.output,
+                "data_type": _data_type(version.plan, pair.input),
+                "dims": dims(version.plan, pair.input),
+            }
+            for pair in version.states.pairs
+        ]
+    }
+    if (sequences := version.sequences) is not None:
+        options = sequences.options
+        document["oldest"] = {"max_candidate_sequences": min(options.room.most, _INT32_MAX)}
+        document["max_sequence_idle_microseconds"] = options.idle_ns // 1000
+    return document
 
 
 def _text_config(version: Version) -> Json:

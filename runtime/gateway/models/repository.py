@@ -20,6 +20,7 @@ from runtime.gateway.models.version import Version
 from runtime.gateway.models.warmup import Warmup
 from runtime.gateway.protocol.documents import VersionState
 from runtime.gateway.queue import Limits
+from runtime.gateway.sequences import SequenceOptions
 from runtime.logs import log_event
 from runtime.pipeline import Pipeline
 from runtime.requests.microbatch import batch_axes
@@ -51,6 +52,7 @@ class Repository:
         limits: Limits of the queue before each pipeline.
         newest: How many of the newest versions of a model are loaded.
         warmup: Requests that a version answers before it is ready.
+        sequences: How the states of sequences are kept.
 
     Attributes:
         ending: True when the server is stopping; no requests are accepted then.
@@ -66,6 +68,7 @@ class Repository:
         *,
         newest: int = 1,
         warmup: Warmup | None = None,
+        sequences: SequenceOptions | None = None,
     ) -> None:
         self._models: dict[str, dict[str, Version]] = {}
         for version in versions:
@@ -74,6 +77,7 @@ class Repository:
         self._limits = limits
         self._newest = newest
         self._warmup = warmup or Warmup()
+        self._sequences = sequences or SequenceOptions()
         self._changing = asyncio.Lock()
         self._restarts: dict[Version, _Restart] = {}
         self._ended = asyncio.Event()  # the server is stopping, and accepted requests have _patience_s
@@ -227,6 +231,7 @@ class Repository:
         loop = asyncio.get_running_loop()
         try:
             version.plan = await loop.run_in_executor(None, load_plan, version.folder)
+            version.states = self._sequences.states(version.model, version.plan)
             version.pipeline = await loop.run_in_executor(None, self._start, version.folder, lambda: self.ending)
             await loop.run_in_executor(None, version.open_text)
             warm_up = self._warmup.run
@@ -239,6 +244,7 @@ class Repository:
             raise
         version.counters = Counters()
         version.batcher = Batcher(version.pipeline, self._limits, version.counters)
+        version.open_sequences(self._sequences)
         self.changes += 1
         if version.text_problem:
             log_event(_log, logging.WARNING, "no text", model=version.model, reason=version.text_problem)
@@ -272,6 +278,7 @@ class Repository:
     async def _unload(self, version: Version, reason: str, patience_s: float | None = None) -> None:
         pipeline, batcher = version.pipeline, version.batcher
         if pipeline is None or batcher is None:
+            version.end_sequences()
             return
         version.state, version.reason = VersionState.UNLOADING, reason
         version.batcher, version.text = None, None
@@ -279,20 +286,22 @@ class Repository:
         if not await self._emptied(version, batcher, patience_s):
             batcher.refuse(PipelineClosed("the server stopped before it executed the request"))
         batcher.close()
+        version.end_sequences()
         await asyncio.get_running_loop().run_in_executor(None, pipeline.close)
         version.pipeline = None
         version.state = VersionState.UNAVAILABLE
 
     async def _emptied(self, version: Version, batcher: Batcher, patience_s: float | None) -> bool:
-        """Wait until a batcher is empty and all texts have ended; False when the patience ended first.
+        """Wait until a batcher is empty, and all texts and waiting sequences are; False when the patience ended first.
 
         None waits until the server stops.
         """
 
         async def empty() -> None:
             await batcher.empty()
-            while version.text_figures.unfinished:
+            while version.text_figures.unfinished or (version.sequences is not None and version.sequences.pending):
                 await asyncio.sleep(_LOOK_S)
+                await batcher.empty()
 
         emptied = asyncio.ensure_future(empty())
         try:

@@ -19,9 +19,11 @@ from onnxsplit.plan_files import load_plan, plan_id
 from runtime.gateway.batcher import Batcher, Checked
 from runtime.gateway.counters import Counters
 from runtime.gateway.errors import NotLoaded, client_message
+from runtime.gateway.models.states import ModelStates
 from runtime.gateway.openai.figures import RequestFigures
 from runtime.gateway.protocol.documents import VersionState
-from runtime.gateway.protocol.inference import DATATYPES, InferRequest, RequestedOutput
+from runtime.gateway.protocol.inference import DATATYPES, InferRequest, RequestedOutput, SequencePlace
+from runtime.gateway.sequences import SequenceOptions, Sequences, SequenceStep
 from runtime.pipeline import Pipeline
 from runtime.text.text import Text
 
@@ -48,6 +50,8 @@ class Version:
         counters: Counters since it was loaded.
         pipeline: The running pipeline; None when it is not loaded.
         batcher: Sends requests into the pipeline; None when no requests are taken.
+        states: The states of the model; none before it is loaded.
+        sequences: Keeps the states of sequences; None when it is not loaded.
         text: Completes texts; None when it is not loaded, and where the plan has no decoder or no tokenizer.
         text_problem: Why a loaded plan with a tokenizer has no text; empty when it has.
         text_figures: Figures of the texts since the server started.
@@ -63,6 +67,8 @@ class Version:
     counters: Counters = field(default_factory=Counters)
     pipeline: Pipeline | None = None
     batcher: Batcher | None = None
+    states: ModelStates = field(default_factory=ModelStates)
+    sequences: Sequences | None = None
     text: Text | None = None
     text_problem: str = ""
     text_figures: RequestFigures = field(default_factory=RequestFigures)
@@ -77,6 +83,18 @@ class Version:
             self.text = self.pipeline.text
         except Exception as error:
             self.text_problem = client_message(error)
+
+    def open_sequences(self, options: SequenceOptions) -> None:
+        """Take requests of sequences. Those that run go on if the pipeline was started again with the same plan."""
+        if self.sequences is not None and self.sequences.plan != self.plan:
+            self.end_sequences()
+        self.sequences = self.sequences or Sequences(self.model, self.plan, self.states, options)
+
+    def end_sequences(self) -> None:
+        """End all sequences."""
+        if self.sequences is not None:
+            self.sequences.close()
+        self.sequences = None
 
     @property
     def has_text(self) -> bool:
@@ -111,13 +129,17 @@ class Version:
         return self.pipeline.unreachable
 
     def requested(self, request: InferRequest) -> tuple[RequestedOutput, ...]:
-        """The outputs that a request asks for, in its order; all outputs if it names none.
+        """The outputs that a request asks for, in its order.
+
+        If it names none, these are all outputs; for a request of a sequence, all but the states.
 
         Raises:
             InputError: The model has no such output, or one is named twice.
         """
         if not request.outputs:
-            return tuple(RequestedOutput(name, request.all_binary) for name in self.plan.outputs)
+            left_out = self.states.outputs if request.sequence is not None else ()
+            names = [name for name in self.plan.outputs if name not in left_out]
+            return tuple(RequestedOutput(name, request.all_binary) for name in names)
         names = [output.name for output in request.outputs]
         unknown = [name for name in names if name not in self.plan.outputs]
         if unknown or len(set(names)) < len(names):
@@ -125,18 +147,38 @@ class Version:
             raise InputError(f"model {self.model!r} {what}; it has {', '.join(self.plan.outputs)}")
         return request.outputs
 
-    def check(self, request: InferRequest, requested: Sequence[RequestedOutput]) -> tuple[Batcher, Checked]:
+    def join(self, place: SequencePlace | None) -> SequenceStep | None:
+        """Take a turn in the line of a sequence; None where there is no sequence.
+
+        Raises:
+            NotLoaded: The version takes no requests.
+            InputError: The model has no states that are known.
+            Busy: Too many requests wait for those before them.
+        """
+        if place is None:
+            return None
+        if self.sequences is None:
+            raise self._not_loaded()
+        return self.sequences.join(place)
+
+    def _not_loaded(self) -> NotLoaded:
+        return NotLoaded(f"model {self.model!r} version {self.number} is not loaded: {self.reason}")
+
+    def check(self, request: InferRequest, requested: Sequence[RequestedOutput]) -> tuple[Batcher, Checked | None]:
         """Check a request. Stages that no requested output needs will not run.
 
         Returns:
-            The batcher that executes it, and what the batcher knows of it.
+            The batcher that executes it, and what the batcher knows of it: None for a request of a sequence, which is
+            checked with the states that it gets in its turn.
 
         Raises:
             NotLoaded: The version takes no requests.
             InputError: The request does not fit the model.
         """
         if self.batcher is None:
-            raise NotLoaded(f"model {self.model!r} version {self.number} is not loaded: {self.reason}")
+            raise self._not_loaded()
+        if request.sequence is not None:
+            return self.batcher, None
         names = {output.name for output in requested}
         outputs = tuple(name for name in self.plan.outputs if name in names)
         return self.batcher, self.batcher.check(request.inputs, outputs)

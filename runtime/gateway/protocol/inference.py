@@ -48,6 +48,20 @@ class RequestedOutput(Struct, frozen=True):
     classes: int = 0
 
 
+class SequencePlace(Struct, frozen=True):
+    """The place of a request in a sequence of requests, for which the server keeps the states of the model.
+
+    Attributes:
+        id: The client's name for the sequence: a number above 0, or a text.
+        start: Whether the sequence starts with this request.
+        end: Whether it ends with this request.
+    """
+
+    id: int | str
+    start: bool = False
+    end: bool = False
+
+
 class InferRequest(Struct, frozen=True):
     """A request to execute a model.
 
@@ -58,6 +72,7 @@ class InferRequest(Struct, frozen=True):
         all_binary: True when outputs that are not named are requested as bytes.
         timeout_ns: Time limit for the answer; None for no limit.
         priority: 1 for the most important requests, higher numbers for others, 0 for an ordinary one.
+        sequence: The sequence that the request belongs to; None for none.
         parameters: Parameters that the protocol does not define.
     """
 
@@ -67,6 +82,7 @@ class InferRequest(Struct, frozen=True):
     all_binary: bool = False
     timeout_ns: int | None = None
     priority: int = 0
+    sequence: SequencePlace | None = None
     parameters: dict[str, Any] = {}
 
 

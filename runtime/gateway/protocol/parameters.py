@@ -1,4 +1,4 @@
-"""The parameters of requests that HTTP and gRPC share: time limits, shared memory, classifications. Pure."""
+"""The parameters of requests that HTTP and gRPC share: time limits, sequences, shared memory, classifications. Pure."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from onnxsplit.errors import InputError, shown
 from onnxsplit.tensors import Array
-from runtime.gateway.protocol.inference import ReadRegion, RegionSlice, RequestedOutput
+from runtime.gateway.protocol.inference import ReadRegion, RegionSlice, RequestedOutput, SequencePlace
 from runtime.gateway.protocol.tensor_data import bytes_of, from_bytes
 from runtime.requests.normalize import MOST_TIMEOUT_S
 
@@ -17,6 +17,9 @@ MOST_JSON_BYTES = 64 << 20
 
 MOST_TENSORS = 4096
 """Most inputs of a request, and most outputs."""
+
+_MOST_SEQUENCE = 2**64 - 1  # the largest number of a sequence
+_SEQUENCE_CHARACTERS = 128  # most characters of the text that names a sequence
 
 
 def from_region(name: str, datatype: str, shape: Sequence[int], region_slice: RegionSlice, read: ReadRegion) -> Array:
@@ -69,10 +72,8 @@ def timeout_ns(parameters: Mapping[str, Any]) -> int | None:
     """The time limit of a request in nanoseconds; None for no limit. The protocol counts microseconds, 0 for no limit.
 
     Raises:
-        InputError: The limit is not a number of microseconds, or the request belongs to a sequence.
+        InputError: The limit is not a number of microseconds.
     """
-    if parameters.get("sequence_id"):
-        raise InputError("sequence_id: sequences of requests are not supported; leave it out")
     timeout = whole_number(parameters, "timeout") or 0
     if not 0 <= timeout <= MOST_TIMEOUT_S * 10**6:
         raise InputError(
@@ -80,6 +81,30 @@ def timeout_ns(parameters: Mapping[str, Any]) -> int | None:
             "year)"
         )
     return timeout * 1000 or None
+
+
+def sequence(parameters: Mapping[str, Any]) -> SequencePlace | None:
+    """The sequence that a request belongs to; None for no sequence, which is the number 0 or an empty text, too.
+
+    Raises:
+        InputError: The sequence is not named by such a number or text, or the request starts or ends an unnamed one.
+    """
+    start, end = flag(parameters, "sequence_start"), flag(parameters, "sequence_end")
+    name: int | str | None = parameters.get("sequence_id")
+    if isinstance(name, str):
+        fits = len(name) <= _SEQUENCE_CHARACTERS
+    else:
+        fits = name is None or (type(name) is int and 0 <= name <= _MOST_SEQUENCE)
+    if not fits:
+        raise InputError(
+            f"sequence_id is {shown(name)}; it must be a whole number from 1 to {_MOST_SEQUENCE}, or a text of at most "
+            f"{_SEQUENCE_CHARACTERS} characters"
+        )
+    if name:
+        return SequencePlace(name, start, end)
+    if start or end:
+        raise InputError("sequence_start and sequence_end need the sequence_id of their sequence; add it")
+    return None
 
 
 def priority(parameters: Mapping[str, Any]) -> int:

@@ -112,6 +112,8 @@ def of_tensors(request: InferRequest) -> TextRequest:
         raise InputError(f"a text has no output {shown(unknown[0])}; it has {', '.join(OUTPUTS)}")
     if any(output.region_slice is not None for output in request.outputs):
         raise Unsupported("a text cannot be written into shared memory; let the response hold it")
+    if request.sequence is not None:
+        raise InputError("a text does not belong to a sequence; leave sequence_id out")
     text = of_values(values, request.parameters, request.id)
     if request.timeout_ns is not None:
         text.completion.timeout = min(request.timeout_ns / 1e9, text.completion.timeout or math.inf)

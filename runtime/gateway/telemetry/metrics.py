@@ -199,6 +199,10 @@ def _models(versions: Sequence[Version]) -> Iterator[Metric]:
     yield gauge("onnxsplit_waiting_requests", "Requests that wait for the pipeline.", _MODEL, waiting)
     size = each(lambda v: v.batcher.queue.size_bytes if v.batcher is not None else 0)
     yield gauge("onnxsplit_waiting_bytes", "Bytes of the inputs of waiting requests.", _MODEL, size)
+    sequences = each(lambda v: v.sequences.running if v.sequences is not None else 0)
+    yield gauge("onnxsplit_sequences", "Sequences whose states the server keeps.", _MODEL, sequences)
+    states = each(lambda v: v.sequences.size_bytes if v.sequences is not None else 0)
+    yield gauge("onnxsplit_sequence_state_bytes", "Bytes of the states of sequences.", _MODEL, states)
     executing = each(lambda v: v.batcher.executing if v.batcher is not None else 0)
     yield gauge("onnxsplit_in_flight_requests", "Executions in the pipeline.", _MODEL, executing)
 
