@@ -106,8 +106,7 @@ class Sequences:
 
     def watch_idle(self) -> None:
         """See to it that idle sequences are dropped, also if no request comes."""
-        due_ns = self._lines.due_ns()
-        if self._expiry is None and due_ns is not None:
+        if self._expiry is None and (due_ns := self._lines.due_ns()) is not None:
             wait_s = max(0, due_ns - time.monotonic_ns()) / 1e9
             self._expiry = asyncio.get_running_loop().call_later(wait_s, self._expire)
 
@@ -198,13 +197,7 @@ class SequenceStep:
         states, turn = self._sequences.states, self._turn
         before = self._lines.begin(turn)
         if before is not None:
-            sent = next((name for name in given if name in states.inputs), None)
-            if sent is not None:
-                raise InputError(
-                    f"input {sent!r} is a state that the server keeps for sequence {shown(turn.place.id)}; leave it "
-                    "out, or send it with sequence_start as the initial state"
-                )
-            return {**before, **given}
+            return states.continued(before, given)
         shapes = states.initial_shapes(given)
         own_bytes = sum(content_bytes(array) for name, array in given.items() if name in states.inputs)
         self._lines.reserve(turn, states.shapes_bytes(shapes) + own_bytes)

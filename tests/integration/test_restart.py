@@ -13,16 +13,18 @@ import pytest
 
 pytest.importorskip("uvicorn", reason="needs the extra serve")
 
+from onnxsplit.errors import InputError
 from runtime import Pipeline
 from runtime.errors import LaunchFailed
 from runtime.gateway.errors import NotLoaded, status_of
 from runtime.gateway.http import codec
 from runtime.gateway.models import repository as repositories
 from runtime.gateway.models.repository import Repository
-from runtime.gateway.models.version import find_versions
+from runtime.gateway.models.version import PlanPlace, find_versions, read_version
 from runtime.gateway.protocol.documents import VersionState
-from runtime.gateway.protocol.inference import InferRequest
+from runtime.gateway.protocol.inference import InferRequest, SequencePlace
 from runtime.gateway.queue import Limits
+from runtime.gateway.sequences import SequenceOptions
 from runtime.gateway.service import IncomingRequest, Service, Undecoded
 from runtime.gateway.shared_memory import SharedMemoryRegions
 from runtime.gateway.threads import Workers
@@ -185,5 +187,55 @@ def test_requests_that_were_recognised_go_to_the_pipeline_that_is_loaded_now(cha
         await models.close(10)
         with pytest.raises(NotLoaded, match="is stopping"):
             await ask()
+
+    asyncio.run(scene())
+
+
+async def step(version, inputs, *, start: bool = False):
+    """The answer to a request of a sequence whose state is the input of the chain, and its output."""
+    request = InferRequest("", inputs, sequence=SequencePlace(1, start))
+    batcher, _ = version.check(request, version.requested(request))
+    turn = version.join(request.sequence)
+    try:
+        outputs, _ = await turn.run(batcher, request, (), 0, None)
+        turn.keep()
+        return outputs["y"]
+    finally:
+        turn.leave()
+
+
+def test_sequences_outlast_a_coordinator_and_end_with_their_plan(chain_plan, monkeypatch):
+    monkeypatch.setattr(repositories, "_RESTART_WAIT_S", 0.05)
+    options = SequenceOptions(declared={"model": ("x=y",)})
+
+    async def scene():
+        start = lambda folder, _: Pipeline.launch(folder)  # noqa: E731
+        models = Repository(find_versions([chain_plan]), start, Limits(), sequences=options)
+        (version,) = models
+        await models.load(version.model)
+        once = await step(version, X, start=True)
+        wanted = [await infer(version), None]
+        request = InferRequest("", {"x": once})
+        batcher, checked = version.check(request, version.requested(request))
+        wanted[1] = (await batcher.run(request.inputs, checked, 0, None))[0]["y"]
+        assert np.array_equal(once, wanted[0])
+
+        watching = asyncio.ensure_future(models.watch())
+        first = version.pipeline
+        break_coordinator(first)
+        await until(lambda: not models.ready)
+        with pytest.raises(NotLoaded):
+            await step(version, {})
+        await until(lambda: models.ready)
+        assert version.pipeline is not first
+        assert np.array_equal(await step(version, {}), wanted[1])
+
+        successor = read_version(PlanPlace(version.model, version.number, chain_plan))
+        await models.update([successor], [])
+        assert options.room.taken == options.room.taken_bytes == 0
+        with pytest.raises(InputError, match="sequence 1 is not running"):
+            await step(successor, {})
+        watching.cancel()
+        await models.close(10)
 
     asyncio.run(scene())

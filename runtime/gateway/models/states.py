@@ -8,7 +8,7 @@ this order:
     the size of the axis of another input that has the same name
     along the batch axis, which the plan knows or is a free first axis: the rows of the other inputs
     a fixed size of the output
-    0 where the output's axis has another name, because the state grows (a cache)
+    0 where the axis has a name and the output's has not the same, because the state grows (a cache)
 
 A size that none of them gives is not known, and then the client sends the initial state.
 """
@@ -70,12 +70,32 @@ class CarriedState(Struct, frozen=True):
             raise InputError(self._unknown("its number of dimensions is not known"))
         return tuple(self._size(axis, size, inputs) for axis, size in enumerate(self.sizes))
 
+    def check_request(self, state: Array, inputs: Mapping[str, Array]) -> None:
+        """Check that a request has the sizes, such as the rows, of its sequence.
+
+        Args:
+            state: The state of the sequence.
+            inputs: The inputs of the request.
+
+        Raises:
+            InputError: A size differs.
+        """
+        for axis, size in enumerate(self.sizes or ()):
+            if isinstance(size, int) or axis >= state.ndim or (place := _given(size, inputs)) is None:
+                continue
+            own = inputs[place.input].shape[place.axis]
+            if own != state.shape[axis]:
+                raise InputError(
+                    f"axis {place.axis} of input {place.input!r} has size {own}, and the sequence has its state "
+                    f"{self.input!r} with size {state.shape[axis]} on axis {axis}; requests of a sequence have the "
+                    "same sizes there"
+                )
+
     def _size(self, axis: int, size: _Size, inputs: Mapping[str, Array]) -> int:
         if isinstance(size, int):
             return size
-        for place in size:
-            if place.input in inputs and place.axis < inputs[place.input].ndim:
-                return int(inputs[place.input].shape[place.axis])
+        if (place := _given(size, inputs)) is not None:
+            return int(inputs[place.input].shape[place.axis])
         name = self.spec.shape[axis] if self.spec.shape is not None else _UNNAMED
         dimension = f"dimension {axis}" + (f" ({name})" if name != _UNNAMED else "")
         if not size:
@@ -131,6 +151,22 @@ class ModelStates:
     def hidden(self) -> frozenset[str]:
         """The inputs and outputs that are not announced to clients."""
         return self.inputs | self.outputs if self.declared else frozenset()
+
+    def continued(self, states: Mapping[str, Array], inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """The inputs of a request that continues a sequence, with the states of the sequence.
+
+        Raises:
+            InputError: The request gives a state itself, or has other sizes than the sequence.
+        """
+        sent = next((name for name in inputs if name in self.inputs), None)
+        if sent is not None:
+            raise InputError(
+                f"input {sent!r} is a state that the server keeps for this sequence; leave it out, or send it with "
+                "sequence_start as the initial state"
+            )
+        for pair in self.pairs:
+            pair.check_request(states[pair.input], inputs)
+        return {**states, **inputs}
 
     def initial_shapes(self, inputs: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
         """The shapes of the initial states that a request does not give. Inputs with defaults need none.
@@ -327,7 +363,7 @@ def _sizes(
         elif isinstance(after, int):
             sizes.append(after)
         else:
-            sizes.append(0 if _UNNAMED not in (size, after) and size != after else ())
+            sizes.append(0 if _UNNAMED != size != after else ())
     return tuple(sizes)
 
 
@@ -339,6 +375,11 @@ def _named(name: str, others: Mapping[str, TensorSpec]) -> tuple[_Axis, ...]:
         for axis, size in enumerate(spec.shape or ())
         if size == name != _UNNAMED
     )
+
+
+def _given(places: Sequence[_Axis], inputs: Mapping[str, Array]) -> _Axis | None:
+    """The first of some axes that a request has."""
+    return next((one for one in places if one.input in inputs and one.axis < inputs[one.input].ndim), None)
 
 
 def _rows(others: Mapping[str, TensorSpec]) -> tuple[_Axis, ...]:

@@ -61,9 +61,10 @@ def test_a_free_first_axis_is_the_batch():
     assert shapes(plan, "s=t", x=(6, 4)) == {"s": (6, 8)}
 
 
-def test_a_cache_that_grows_starts_empty():
+@pytest.mark.parametrize("after", ["all", "?"])
+def test_a_cache_that_grows_starts_empty(after):
     plan = Described(
-        {"x": (F32, ("batch", "new", 4)), "past": (F32, ("batch", "past", 4))}, {"present": (F32, ("batch", "all", 4))}
+        {"x": (F32, ("batch", "new", 4)), "past": (F32, ("batch", "past", 4))}, {"present": (F32, ("batch", after, 4))}
     )
     assert shapes(plan, "past=present", x=(2, 1, 4)) == {"past": (2, 0, 4)}
 
@@ -80,6 +81,9 @@ def test_a_size_that_nobody_knows_is_said():
     ):
         shapes(plan, "s=t", x=(1,))
     assert shapes(plan, "s=t", x=(1,), s=(1, 5)) == {}  # the client gives it
+    unnamed = Described({"x": (F32, (1,)), "s": (F32, (1, "?"))}, {"t": (F32, (1, "?"))})
+    with pytest.raises(InputError, match="the size of dimension 1 is not known"):
+        shapes(unnamed, "s=t", x=(1,))
 
 
 def test_an_input_that_is_missing_is_said():
@@ -150,6 +154,15 @@ def test_a_fixed_size_of_the_output_may_fill_a_free_one_but_not_the_other_way_at
         PipelineError, match=r"output 't' is float32 of shape \[1, 5\], which does not fit the state 's'"
     ):
         states.after({"t": np.ones((1, 5), np.float32)})
+
+
+def test_a_request_with_other_rows_than_its_sequence_is_refused():
+    states = states_of(Described(**LSTM), ["h0=hn", "c0=cn"])
+    before = {name: np.zeros((1, 2, 8), np.float32) for name in ("h0", "c0")}
+    x = np.zeros((5, 2, 4), np.float32)
+    assert states.continued(before, {"x": x}) == {**before, "x": x}
+    with pytest.raises(InputError, match=r"axis 1 of input 'x' has size 3, and the sequence has its state 'h0' with"):
+        states.continued(before, {"x": np.zeros((5, 3, 4), np.float32)})
 
 
 def test_kept_states_share_no_memory_with_a_joined_batch():
