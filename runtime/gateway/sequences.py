@@ -46,7 +46,7 @@ class SequenceOptions:
         Raises:
             InputError: Those that the user has named do not fit the plan.
         """
-        return states_of(plan, self.declared.get(model, ()))
+        return states_of(model, plan, self.declared.get(model, ()))
 
 
 class Sequences:

@@ -553,7 +553,7 @@ def test_a_model_without_states_says_which_option_names_them(tmp_path):
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("x=hn", "--state does not fit the model: input 'x' and output 'hn' do not fit each other"),
+        ("x=hn", "--state does not fit model 'model': input 'x' and output 'hn' do not fit each other"),
         ("h0", "--state h0 is not INPUT=OUTPUT"),
     ],
 )

@@ -33,6 +33,7 @@ _INT32_MAX = 2**31 - 1
 _SHARED_MEMORY = "system_shared_memory"
 EXTENSIONS = (
     "classification",
+    "sequence",
     "model_repository",
     "model_repository(unload_dependents)",
     "model_configuration",

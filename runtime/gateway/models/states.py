@@ -219,8 +219,8 @@ class ModelStates:
         return states
 
 
-def states_of(plan: Plan, declared: Sequence[str] = ()) -> ModelStates:
-    """The states of a plan: those declared as ``INPUT=OUTPUT``, or else those of its decoder.
+def states_of(model: str, plan: Plan, declared: Sequence[str] = ()) -> ModelStates:
+    """The states of a model's plan: those declared as ``INPUT=OUTPUT``, or else those of its decoder.
 
     Raises:
         InputError: A declared state does not fit the plan. The message lists all that do not.
@@ -235,8 +235,8 @@ def states_of(plan: Plan, declared: Sequence[str] = ()) -> ModelStates:
         problems += [f"{what} {name!r} is in two states" for name, count in Counter(names).items() if count > 1]
     if problems:
         raise InputError(
-            f"--state does not fit the model: {'; '.join(problems)}. It has the inputs {', '.join(plan.inputs)} and "
-            f"the outputs {', '.join(plan.outputs)}"
+            f"--state does not fit model {model!r}: {'; '.join(problems)}. It has the inputs {', '.join(plan.inputs)} "
+            f"and the outputs {', '.join(plan.outputs)}"
         )
     known = {state.past: state for state in plan.decoder.states} if plan.decoder is not None else {}
     return ModelStates(_pairs(plan, found, known), declared=True)

@@ -9,7 +9,9 @@ from onnxsplit.errors import InputError
 from onnxsplit.plan import TensorSpec
 from onnxsplit.plan_decoder import State
 from runtime.errors import PipelineError
-from runtime.gateway.models.states import bind_to_models, candidates, states_of
+from runtime.gateway.models.states import ModelStates, bind_to_models, candidates, states_of
+from runtime.gateway.protocol.inference import SequencePlace
+from runtime.gateway.sequences import SequenceOptions, Sequences
 
 F32 = "float32"
 LSTM = {
@@ -39,7 +41,7 @@ class Described:
 
 def initial(plan, *declared, **inputs) -> dict[str, np.ndarray]:
     """The initial states for inputs, given by their shapes."""
-    states = states_of(plan, declared)
+    states = states_of("m", plan, declared)
     return states.zeros(states.initial_shapes({name: np.zeros(shape, np.float32) for name, shape in inputs.items()}))
 
 
@@ -102,11 +104,11 @@ def test_the_caches_of_a_decoder_are_its_states_and_are_not_hidden():
         {"present": (F32, ("batch", 2, "past", 4))},
         states=[cache],
     )  # fmt: skip
-    states = states_of(plan)
+    states = states_of("m", plan)
     found = states.initial_shapes({"ids": np.zeros((3, 7)), "mask": np.zeros((3, 7))})
     assert found == {"past": (3, 2, 0, 4)}
     assert states.hidden == frozenset()
-    assert states_of(plan, ["past=present"]).hidden == {"past", "present"}
+    assert states_of("m", plan, ["past=present"]).hidden == {"past", "present"}
 
 
 def test_an_input_with_a_default_starts_with_it():
@@ -137,18 +139,21 @@ def test_texts_and_other_types_start_empty_or_at_zero():
 )  # fmt: skip
 def test_a_state_that_does_not_fit_is_said(word, message):
     plan = Described({**LSTM["inputs"], "n": ("int64", (1,))}, LSTM["outputs"], constants=["fixed"])
-    with pytest.raises(InputError, match=f"{message}.* It has the inputs x, h0, c0, n and the outputs y, hn, cn"):
-        states_of(plan, [word])
+    with pytest.raises(
+        InputError,
+        match=f"does not fit model 'm': .*{message}.* It has the inputs x, h0, c0, n and the outputs y, hn, cn",
+    ):
+        states_of("m", plan, [word])
 
 
 def test_all_problems_are_said_at_once():
     with pytest.raises(InputError, match=r"no output 'q'.*input 'h0' is in two states"):
-        states_of(Described(**LSTM), ["h0=hn", "h0=q"])
+        states_of("m", Described(**LSTM), ["h0=hn", "h0=q"])
 
 
 def test_a_fixed_size_of_the_output_may_fill_a_free_one_but_not_the_other_way_at_run_time():
     plan = Described({"x": (F32, (1,)), "s": (F32, (1, 4))}, {"t": (F32, ("?", "?"))})
-    states = states_of(plan, ["s=t"])
+    states = states_of("m", plan, ["s=t"])
     assert states.after({"t": np.ones((1, 4), np.float32)})["s"].sum() == 4
     with pytest.raises(
         PipelineError, match=r"output 't' is float32 of shape \[1, 5\], which does not fit the state 's'"
@@ -157,7 +162,7 @@ def test_a_fixed_size_of_the_output_may_fill_a_free_one_but_not_the_other_way_at
 
 
 def test_a_request_with_other_rows_than_its_sequence_is_refused():
-    states = states_of(Described(**LSTM), ["h0=hn", "c0=cn"])
+    states = states_of("m", Described(**LSTM), ["h0=hn", "c0=cn"])
     before = {name: np.zeros((1, 2, 8), np.float32) for name in ("h0", "c0")}
     x = np.zeros((5, 2, 4), np.float32)
     assert states.continued(before, {"x": x}) == {**before, "x": x}
@@ -168,7 +173,7 @@ def test_a_request_with_other_rows_than_its_sequence_is_refused():
 def test_kept_states_share_no_memory_with_a_joined_batch():
     batch = np.ones((4, 8), np.float32)
     plan = Described({"s": (F32, ("?", 8))}, {"t": (F32, ("?", 8))})
-    assert states_of(plan, ["s=t"]).after({"t": batch[1:2]})["s"].base is None
+    assert states_of("m", plan, ["s=t"]).after({"t": batch[1:2]})["s"].base is None
 
 
 def test_candidates_are_only_pairs_without_a_doubt():
@@ -177,6 +182,13 @@ def test_candidates_are_only_pairs_without_a_doubt():
     )
     assert candidates(plan) == ["s=t"]
     assert candidates(Described(**LSTM)) == []
+
+
+def test_a_sequence_of_a_model_without_states_is_refused_with_what_may_be_one():
+    plan = Described({"x": (F32, ("?", "?")), "s": (F32, (2, "?", 4))}, {"t": (F32, ("?", "?", "?"))})
+    sequences = Sequences("m", plan, ModelStates(), SequenceOptions())
+    with pytest.raises(InputError, match=r"of model 'm' are states: start it with --state .* these may be states: s=t"):
+        sequences.join(SequencePlace(1, start=True))
 
 
 def test_words_name_their_models_or_the_only_one():
@@ -202,4 +214,4 @@ def test_a_word_that_cannot_be_bound_is_said(word, models, message):
 
 def test_names_may_hold_an_equals_sign():
     plan = Described({"a=1": (F32, (1,))}, {"b=2": (F32, (1,))})
-    assert states_of(plan, ["a=1=b=2"]).inputs == {"a=1"}
+    assert states_of("m", plan, ["a=1=b=2"]).inputs == {"a=1"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
 from onnxsplit.errors import InputError
 from runtime.errors import Busy
@@ -171,7 +171,7 @@ def test_a_closed_model_ends_its_sequences_and_keeps_none():
 
 
 class Orders(RuleBasedStateMachine):
-    """Requests in any order, with any outcome, against a dictionary of states and lists of turns."""
+    """Requests that join, begin, are answered or fail, and leave, in any order; against a dictionary of states."""
 
     turns = Bundle("turns")
     names = st.sampled_from([1, 2, "a"])
@@ -183,15 +183,18 @@ class Orders(RuleBasedStateMachine):
         self.now = 0
         self.kept: dict[object, tuple[int, int]] = {}  # size, and time of the last leave
         self.lines: dict[object, list] = {}
-        self.reserved: dict[object, tuple[int, int]] = {}
+        self.begun: dict[object, tuple[int, int]] = {}  # sequences and bytes for which turns have taken room
 
     def drop_idle(self) -> None:
         for name, (_, left) in list(self.kept.items()):
             if not self.lines.get(name) and left + IDLE_NS <= self.now:
                 del self.kept[name]
 
-    def taken_bytes(self) -> int:
-        return sum(size for size, _ in self.kept.values()) + sum(size for _, size in self.reserved.values())
+    def taken(self) -> tuple[int, int]:
+        """Sequences and bytes that the room has to count."""
+        sizes = [(1, size) for size, _ in self.kept.values()]
+        one, other = zip((0, 0), *sizes, *self.begun.values(), strict=True)
+        return sum(one), sum(other)
 
     @rule(target=turns, name=names, start=st.booleans(), end=st.booleans())
     def join(self, name, start, end):
@@ -200,58 +203,58 @@ class Orders(RuleBasedStateMachine):
         if self.lines.get(name) and waiting >= 3:
             with pytest.raises(Busy):
                 self.states.join(place(name, start=start, end=end), self.now)
-            return None
+            return multiple()
         turn = self.states.join(place(name, start=start, end=end), self.now)
         self.lines.setdefault(name, []).append(turn)
         return turn
 
-    @rule(turn=consumes(turns), size=st.integers(0, 15), after=st.integers(0, 15), fails=st.booleans())
-    def run_and_leave(self, turn, size, after, fails):
-        if turn is None:
+    @rule(turn=turns, size=st.integers(0, 15))
+    def begin(self, turn, size):
+        name, end = turn.place.id, turn.place.end
+        assert self.states.is_first(turn) == (self.lines[name][0] is turn)
+        if self.lines[name][0] is not turn or turn in self.begun:
             return
-        name = turn.place.id
-        if self.lines[name][0] is turn:
-            self.run(turn, size, after, fails=fails)
-        self.reserved.pop(turn, None)
-        line = self.lines[name]
+        if turn.place.start:
+            assert self.states.begin(turn) is None
+            sequences = int(name not in self.kept and not end)
+            more = max(0, size - self.kept.get(name, (0, 0))[0])
+            taken, taken_bytes = self.taken()
+            if (sequences and taken >= 2) or (more and taken_bytes + more > 20):
+                with pytest.raises(Busy):
+                    self.states.reserve(turn, size)
+                return
+            self.states.reserve(turn, size)
+            self.begun[turn] = (sequences, more)
+        elif name in self.kept:
+            assert self.states.begin(turn)["h"].size == self.kept[name][0]
+            self.begun[turn] = (0, 0)
+        else:
+            with pytest.raises(InputError):
+                self.states.begin(turn)
+
+    @rule(turn=consumes(turns), size=st.integers(0, 15), fails=st.booleans())
+    def end(self, turn, size, fails):
+        name, line = turn.place.id, self.lines[turn.place.id]
+        if turn in self.begun and not fails:
+            self.keep(turn, size)
+        self.begun.pop(turn, None)
         following = line[1] if line[0] is turn and len(line) > 1 else None
         assert self.states.leave(turn, self.now) is following
         line.remove(turn)
         if name in self.kept:
             self.kept[name] = (self.kept[name][0], self.now)
 
-    def run(self, turn, size, after, *, fails):
-        name, start, end = turn.place.id, turn.place.start, turn.place.end
-        old = self.kept.get(name, (0, 0))[0]
-        if not start:
-            if name not in self.kept:
-                with pytest.raises(InputError):
-                    self.states.begin(turn)
-                return
-            assert self.states.begin(turn)["h"].size == old
-        else:
-            seats = int(name not in self.kept and not end)
-            more = max(0, size - old)
-            taken = len(self.kept) + sum(one for one, _ in self.reserved.values())
-            if (seats and taken >= 2) or (more and self.taken_bytes() + more > 20):
-                with pytest.raises(Busy):
-                    self.states.reserve(turn, size)
-                return
-            self.states.reserve(turn, size)
-            self.reserved[turn] = (seats, more)
-        if fails:
-            return
-        own = self.reserved.get(turn, (0, 0))[1]
-        grown = after - old - own
-        if not end and grown > 0 and self.taken_bytes() + grown > 20:
+    def keep(self, turn, size):
+        name, own = turn.place.id, self.begun[turn][1]
+        grown = size - self.kept.get(name, (0, 0))[0] - own
+        if not turn.place.end and grown > 0 and self.taken()[1] + grown > 20:
             with pytest.raises(Busy):
-                self.states.keep(turn, state(after), after)
+                self.states.keep(turn, state(size), size)
             return
-        self.states.keep(turn, state(after), after)
+        self.states.keep(turn, state(size), size)
         self.kept.pop(name, None)
-        if not end:
-            self.reserved.pop(turn, None)
-            self.kept[name] = (after, self.now)
+        if not turn.place.end:
+            self.kept[name] = (size, self.now)
 
     @rule(ns=st.integers(1, IDLE_NS))
     def wait(self, ns):
@@ -263,8 +266,7 @@ class Orders(RuleBasedStateMachine):
     def counts_are_those_of_the_model(self):
         assert self.states.running == len(self.kept)
         assert self.states.size_bytes == sum(size for size, _ in self.kept.values())
-        assert self.room.taken == len(self.kept)
-        assert self.room.taken_bytes == self.taken_bytes()
+        assert (self.room.taken, self.room.taken_bytes) == self.taken()
         assert self.states.turns == sum(map(len, self.lines.values()))
         idle = [left + IDLE_NS for name, (_, left) in self.kept.items() if not self.lines.get(name)]
         assert self.states.due_ns() == min(idle, default=None)
