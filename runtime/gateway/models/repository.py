@@ -292,9 +292,10 @@ class Repository:
         version.state = VersionState.UNAVAILABLE
 
     async def _emptied(self, version: Version, batcher: Batcher, patience_s: float | None) -> bool:
-        """Wait until a batcher is empty, and all texts and waiting sequences are; False when the patience ended first.
+        """Wait until a batcher is empty, and all texts and all requests of sequences have ended.
 
-        None waits until the server stops.
+        Returns:
+            Whether they have; False when the patience ended first. Patience of None lasts until the server stops.
         """
 
         async def empty() -> None:
