@@ -21,9 +21,8 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 import build
 import hypothesis
 import ports
-import psutil
 import pytest
-from processes import running
+from processes import children_of
 
 from onnxsplit.effort import EFFORTS
 from onnxsplit.plan import TYPICAL_HOST
@@ -78,11 +77,7 @@ def _plan(factory, proto, stages: int) -> Path:
 
 def leftovers() -> list[str]:
     """Return the node processes of this test run, their folders, and their shared memory."""
-    processes = [
-        f"process {p.pid}"
-        for p in psutil.Process().children(recursive=True)
-        if running([p.pid]) and "runtime.node" in " ".join(_command(p))
-    ]
+    processes = [f"process {child.pid}" for child in children_of(os.getpid(), "runtime.node", recursive=True)]
     folders = [
         str(path)
         for path in Path(tempfile.gettempdir()).glob("onnxsplit-*")
@@ -90,13 +85,6 @@ def leftovers() -> list[str]:
     ]
     memory = [str(path) for path in Path("/dev/shm").glob("onnxsplit*")]  # regions of tests have other names
     return processes + folders + memory
-
-
-def _command(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
 
 
 @pytest.fixture(scope="module", autouse=True)

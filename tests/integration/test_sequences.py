@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ import zoo
 from decoder_plans import cut, describe
 from decoder_runs import FAMILIES, ROOM, Reference
 from onnx import helper
+from processes import children_of
 from waiting import wait_until
 
 pytest.importorskip("uvicorn", reason="needs the extra serve")
@@ -206,12 +206,7 @@ def running(server: Served) -> float:
 
 def nodes(server: Served) -> list[psutil.Process]:
     """The nodes of a server, those that were started first first."""
-    found = []
-    for child in psutil.Process(server.process.pid).children():
-        with suppress(psutil.NoSuchProcess):  # it has ended, and was perhaps not waited for yet
-            if "runtime.node" in " ".join(child.cmdline()):
-                found.append(child)
-    return sorted(found, key=lambda node: node.create_time())
+    return children_of(server.process.pid, "runtime.node")
 
 
 def body(x: np.ndarray, **parameters: Any) -> bytes:

@@ -16,9 +16,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pages
-import psutil
 import pytest
-from processes import running
+from processes import children_of, running
 from reader import Reader
 from served import Served
 from waiting import wait_until
@@ -150,8 +149,7 @@ def post(server: Served, path: str, **fields: object) -> tuple[int, object]:
 
 
 def workers(server: Served) -> list[int]:
-    children = psutil.Process(server.process.pid).children()
-    return [child.pid for child in children if "runtime.services.worker" in " ".join(child.cmdline())]
+    return [child.pid for child in children_of(server.process.pid, "runtime.services.worker")]
 
 
 def metric(server: Served, name: str) -> float:
@@ -311,9 +309,8 @@ def _first_answer(server: Served, path: str) -> tuple[int, object] | None:
 def test_a_killed_node_is_not_noticed(serve):
     server = serve("app.py:TryIt")
     expected = post(server, "/try-it/total", values=VALUES)
-    for child in psutil.Process(server.process.pid).children():
-        if "runtime.node" in " ".join(child.cmdline()):
-            child.kill()
+    for node in children_of(server.process.pid, "runtime.node"):
+        node.kill()
     assert post(server, "/try-it/total", values=VALUES) == expected
 
 

@@ -23,6 +23,7 @@ import numpy as np
 import psutil
 import pytest
 from onnx import TensorProto, helper
+from processes import children_of
 
 pytest.importorskip("uvicorn", reason="needs the extra serve")
 
@@ -67,7 +68,7 @@ def slow_request(**parameters: object) -> tuple[bytes, dict[str, str]]:
 
 
 def nodes(server: Served) -> list[psutil.Process]:
-    return [p for p in psutil.Process(server.process.pid).children() if "runtime.node" in " ".join(p.cmdline())]
+    return children_of(server.process.pid, "runtime.node")
 
 
 def stop(server: Served) -> None:
