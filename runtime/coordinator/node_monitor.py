@@ -17,7 +17,7 @@ from runtime.coordinator.state import CoordinatorState
 from runtime.errors import PipelineError, ProtocolError
 from runtime.logs import DropLog
 from runtime.wire import codec
-from runtime.wire.messages.control import Beat, Hello, NodeBeat, Stop
+from runtime.wire.messages.control import Beat, Hello, NodeBeat, Stop, refusal
 from runtime.wire.security import check_address
 
 _log = logging.getLogger("runtime.coordinator")
@@ -69,6 +69,9 @@ class NodeMonitor:
                 continue
             if isinstance(said, NodeBeat):
                 events += self._heard(identity, said, now_ns)
+            elif isinstance(said, Hello) and (trusted := self._setup.trusted()) is not None and key not in trusted:
+                # Its connection was opened before its key was revoked.
+                self._channels.control.send(identity, refusal(f"its key was revoked ({key})"))
             elif (event := control_event(identity, said, now_ns)) is not None:
                 events.append(event)
         return events

@@ -8,14 +8,19 @@ Each process has a keys folder of its own:
       allowed/NAME.key      the public keys of those peers
 
 A coordinator allows its nodes. A node allows its coordinator, which tells it the public keys of the other nodes.
+
+``allowed`` is read again whenever its files have changed. It may be a link to a folder that is replaced as a whole, as
+Kubernetes does it with the volumes of ConfigMaps and Secrets.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shlex
 import stat
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -25,6 +30,7 @@ from runtime.wire.security import KeyPair, new_key_pair
 
 _KEY = re.compile(r"[0-9A-Za-z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")  # Z85, https://rfc.zeromq.org/spec/32/
 _NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,63}")
+_log = logging.getLogger("runtime.wire")
 
 
 def default_folder() -> Path | None:
@@ -56,17 +62,32 @@ class Keys:
                     f"{path} has mode {mode:o}, so other users may read the keys; run: chmod {allowed} {path}"
                 )
         self.pair = KeyPair(public=_read(self._folder / "public.key"), secret=_read(secret))
-        self._seen: tuple[tuple[str, int], ...] = ()
-        self._allowed: frozenset[str] = frozenset()
+        self._seen: dict[Path, tuple[int, ...]] = _versions(self._folder / "allowed")
+        self._peers = {file: _read(file) for file in self._seen}
 
     @property
     def allowed(self) -> frozenset[str]:
-        """The public keys of the allowed peers, as the folder lists them now."""
-        files = sorted((self._folder / "allowed").glob("*.key"))
-        seen = tuple((file.name, file.stat().st_mtime_ns) for file in files)
+        """The public keys of the allowed peers, as the folder lists them now.
+
+        A file that is changed and holds no key now, perhaps because it is being written, keeps the key it had before;
+        that is logged once. A new file that holds none allows nobody.
+        """
+        seen = _versions(self._folder / "allowed")
         if seen != self._seen:
-            self._seen, self._allowed = seen, frozenset(_read(file) for file in files)
-        return self._allowed
+            before = self._peers
+            self._peers = {file: key for file in seen if (key := self._key_now(file, before.get(file))) is not None}
+            self._seen = seen
+        return frozenset(self._peers.values())
+
+    @staticmethod
+    def _key_now(file: Path, before: str | None) -> str | None:
+        try:
+            return _read(file)
+        except InputError as error:
+            if not file.exists():  # it was removed after the folder was listed
+                return None
+            _log.warning("%s; %s", error, "nobody is allowed by it" if before is None else "its former key stays")
+            return before
 
     def of(self, name: str) -> str:
         """The public key of the allowed peer ``name``.
@@ -190,6 +211,16 @@ def check_name(name: str) -> None:
     """
     if not _NAME.fullmatch(name):
         raise InputError(f"{name!r} is not a name for a key; allowed: letters, digits, '.', '_', '-', at most 64")
+
+
+def _versions(folder: Path) -> dict[Path, tuple[int, ...]]:
+    """The key files in a folder, each with what changes when it is written or replaced."""
+    found: dict[Path, tuple[int, ...]] = {}
+    for file in sorted(folder.glob("*.key")):
+        with suppress(OSError):  # it was removed after the folder was listed
+            status = file.stat()
+            found[file] = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    return found
 
 
 def _read(file: Path) -> str:
