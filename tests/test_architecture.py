@@ -139,6 +139,7 @@ PURE = [
     *("runtime.load.patterns", "runtime.load.histogram", "runtime.load.windows", "runtime.load.driver"),
     *("runtime.load.point", "runtime.load.target"),
     *("runtime.gateway.protocol.inference", "runtime.gateway.protocol.parameters", "runtime.gateway.queue"),
+    "runtime.gateway.models.grace",
     *("runtime.gateway.protocol.documents", "runtime.gateway.protocol.tensor_data", "runtime.gateway.protocol.text"),
     *("runtime.services.declare", "runtime.gateway.services.dispatch"),
     *("runtime.gateway.http.codec", "runtime.gateway.grpc.codec"),

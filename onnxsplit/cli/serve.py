@@ -221,6 +221,7 @@ def _serve_options(
     poll: float,
     state: tuple[str, ...],
     sequence_idle: float,
+    ready_grace: float,
     **same: Any,
 ) -> ServeOptions:
     from runtime.gateway.models.warmup import Warmup
@@ -236,6 +237,7 @@ def _serve_options(
         poll_s=poll,
         states=state,
         sequence_idle_s=sequence_idle,
+        ready_grace_s=ready_grace,
         **same,
     )
 

@@ -97,6 +97,15 @@ QUEUE: OptionTable = [
             "help": "Seconds to answer accepted requests after SIGTERM.",
         },
     ),
+    (
+        ("--ready-grace",),
+        {
+            "type": NumberParam(0, MOST_SECONDS),
+            "default": 0.0,
+            "metavar": "SECONDS",
+            "help": "Time for which readiness probes still pass after a stage has lost its last node. Requests wait.",
+        },
+    ),
 ]
 SEQUENCES: OptionTable = [
     (

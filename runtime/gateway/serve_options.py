@@ -42,6 +42,7 @@ class ServeOptions:
         spans: True to send spans to OpenTelemetry.
         response_cache: Most bytes of outputs that are kept to answer the same requests again; 0 keeps none.
         warmup: Requests that each model answers before it is ready.
+        ready_grace_s: Seconds for which a model stays ready after one of its stages has lost its last node.
         states: The states of models, each ``INPUT=OUTPUT`` or ``MODEL:INPUT=OUTPUT``.
         max_sequences: Most sequences that run.
         sequence_bytes: Most bytes of the states of all sequences.
@@ -69,6 +70,7 @@ class ServeOptions:
     spans: bool = False
     response_cache: int = 0
     warmup: Warmup = field(default_factory=Warmup)
+    ready_grace_s: float = 0.0
     states: tuple[str, ...] = ()
     max_sequences: int = 1024
     sequence_bytes: int = 1 << 30

@@ -136,6 +136,7 @@ class _Gateway:
             newest=options.newest,
             warmup=options.warmup,
             sequences=options.sequences(list(dict.fromkeys(version.model for version in versions))),
+            grace_s=options.ready_grace_s,
         )
         self._regions = SharedMemoryRegions(
             options.shared_memory, allowed=options.host in LOOPBACK, most_bytes=options.max_body

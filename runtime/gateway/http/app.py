@@ -158,7 +158,7 @@ class HttpApp:
 
     async def _model_ready(self, request: Request) -> Response:
         version, _ = self._service.find(*_model_and_version(request))
-        return readiness(version.why_not())
+        return readiness(None if version.ready else version.why_not())
 
     async def _metadata(self, request: Request) -> Response:
         version, stage = self._service.find(*_model_and_version(request))

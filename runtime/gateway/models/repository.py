@@ -16,6 +16,7 @@ from runtime.errors import PipelineClosed
 from runtime.gateway.batcher import Batcher
 from runtime.gateway.counters import Counters
 from runtime.gateway.errors import NotLoaded, UnknownModel, client_message
+from runtime.gateway.models.grace import ReadyGrace
 from runtime.gateway.models.version import Version
 from runtime.gateway.models.warmup import Warmup
 from runtime.gateway.protocol.documents import VersionState
@@ -53,6 +54,7 @@ class Repository:
         newest: How many of the newest versions of a model are loaded.
         warmup: Requests that a version answers before it is ready.
         sequences: How the states of sequences are kept.
+        grace_s: Seconds for which a version that was ready stays ready after a stage lost its last node.
 
     Attributes:
         ending: True when the server is stopping; no requests are accepted then.
@@ -69,6 +71,7 @@ class Repository:
         newest: int = 1,
         warmup: Warmup | None = None,
         sequences: SequenceOptions | None = None,
+        grace_s: float = 0.0,
     ) -> None:
         self._models: dict[str, dict[str, Version]] = {}
         for version in versions:
@@ -78,6 +81,7 @@ class Repository:
         self._newest = newest
         self._warmup = warmup or Warmup()
         self._sequences = sequences or SequenceOptions()
+        self._grace_s = grace_s
         self._changing = asyncio.Lock()
         self._restarts: dict[Version, _Restart] = {}
         self._ended = asyncio.Event()  # the server is stopping, and accepted requests have _patience_s
@@ -97,7 +101,7 @@ class Repository:
 
     @property
     def ready(self) -> bool:
-        """True when all active versions, and all that is required beside them, would execute requests now."""
+        """Whether probes are told that the server is ready: all active versions are, and all that is required."""
         active = self.active
         if self.ending or not (active or self.requirements):
             return False
@@ -242,7 +246,7 @@ class Repository:
             if failed is not None:
                 await loop.run_in_executor(None, failed.close)
             raise
-        version.counters = Counters()
+        version.counters, version.grace = Counters(), ReadyGrace(self._grace_s)
         version.batcher = Batcher(version.pipeline, self._limits, version.counters)
         version.open_sequences(self._sequences)
         self.changes += 1

@@ -7,6 +7,7 @@ models/                          a repository: the models "resnet" and others
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from onnxsplit.plan_files import load_plan, plan_id
 from runtime.gateway.batcher import Batcher, Checked
 from runtime.gateway.counters import Counters
 from runtime.gateway.errors import NotLoaded, client_message
+from runtime.gateway.models.grace import ReadyGrace
 from runtime.gateway.models.states import ModelStates
 from runtime.gateway.openai.figures import RequestFigures
 from runtime.gateway.protocol.documents import VersionState
@@ -56,6 +58,7 @@ class Version:
         text_problem: Why a loaded plan with a tokenizer has no text; empty when it has.
         text_figures: Figures of the texts since the server started.
         fingerprint: Names what completes the texts: this package's version and the identity of the plan.
+        grace: For how long probes are told that it is ready while a stage has no node.
     """
 
     model: str
@@ -73,6 +76,7 @@ class Version:
     text_problem: str = ""
     text_figures: RequestFigures = field(default_factory=RequestFigures)
     fingerprint: str = ""
+    grace: ReadyGrace = field(default_factory=ReadyGrace)
 
     def open_text(self) -> None:
         """Open the text of the pipeline that has started. Where that fails, the model serves tensors without it."""
@@ -109,8 +113,13 @@ class Version:
 
     @property
     def ready(self) -> bool:
-        """True when a request would be executed now."""
-        return self.why_not() is None
+        """Whether probes are told that it is ready: a request would be executed now, or once a lost node is back."""
+        if self._why_stopped() is not None:
+            return False
+        assert self.pipeline is not None
+        complete = not self._stages_without_node()
+        held = self.grace.holds(complete=complete, now_s=time.monotonic())
+        return held and (not complete or self.pipeline.unreachable is None)
 
     def why_not(self) -> str | None:
         """Why a request would not be executed now; None when it would.
@@ -118,15 +127,23 @@ class Version:
         The pipeline is asked first whether the threads that monitor its nodes still run. If they do not, the last known
         states of the nodes mean nothing.
         """
-        if self.state is not VersionState.READY or self.pipeline is None:
-            return self.reason or "it is not loaded"
-        if (trouble := self.pipeline.trouble) is not None:
-            return trouble
-        up = {node.stage for node in self.pipeline.nodes if node.state == "ready"}
-        down = [stage.index for stage in self.plan.stages if stage.index not in up]
-        if down:
+        if (stopped := self._why_stopped()) is not None:
+            return stopped
+        assert self.pipeline is not None
+        if down := self._stages_without_node():
             return f"stage {', '.join(map(str, down))} has no node that is ready"
         return self.pipeline.unreachable
+
+    def _why_stopped(self) -> str | None:
+        """Why no request would be executed even if every stage had a node."""
+        if self.state is not VersionState.READY or self.pipeline is None:
+            return self.reason or "it is not loaded"
+        return self.pipeline.trouble
+
+    def _stages_without_node(self) -> list[int]:
+        assert self.pipeline is not None
+        up = {node.stage for node in self.pipeline.nodes if node.state == "ready"}
+        return [stage.index for stage in self.plan.stages if stage.index not in up]
 
     def requested(self, request: InferRequest) -> tuple[RequestedOutput, ...]:
         """The outputs that a request asks for, in its order.

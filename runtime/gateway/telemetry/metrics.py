@@ -84,7 +84,7 @@ class _Collector(Collector):
         sampler = self._sampler
         yield gauge("onnxsplit_start_time_seconds", "Time at which the server started.", (), [((), sampler.started_s)])
         ready = sampler.service.repository.ready
-        yield gauge("onnxsplit_ready", "1 when all models execute requests.", (), [((), float(ready))])
+        yield gauge("onnxsplit_ready", "1 when probes are told that the server is ready.", (), [((), float(ready))])
         held = float(sampler.budget.held_bytes)
         yield gauge("onnxsplit_receiving_bytes", "Bytes of requests that the server holds.", (), [((), held)])
 
@@ -194,7 +194,12 @@ def _models(versions: Sequence[Version]) -> Iterator[Metric]:
     yield counter("onnxsplit_rows", "Rows that were answered.", _MODEL, each(lambda v: v.counters.inferences))
     yield counter("onnxsplit_executions", "Executions of the pipeline.", _MODEL, each(lambda v: v.counters.executions))
     yield counter("onnxsplit_retries", "Attempts that were repeated.", _MODEL, each(lambda v: v.pipeline.retries))
-    yield gauge("onnxsplit_model_ready", "1 when the model executes requests.", _MODEL, each(lambda v: float(v.ready)))
+    yield gauge(
+        "onnxsplit_model_ready",
+        "1 when the model executes requests.",
+        _MODEL,
+        each(lambda v: float(v.why_not() is None)),
+    )
     waiting = each(lambda v: len(v.batcher.queue) if v.batcher is not None else 0)
     yield gauge("onnxsplit_waiting_requests", "Requests that wait for the pipeline.", _MODEL, waiting)
     size = each(lambda v: v.batcher.queue.size_bytes if v.batcher is not None else 0)
