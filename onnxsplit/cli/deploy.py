@@ -6,10 +6,30 @@ from pathlib import Path
 
 import click
 
-from onnxsplit.cli.help import CommandGroup, option
+from onnxsplit.cli.help import CommandGroup, OptionTable, add_options, option
 from onnxsplit.cli.model_options import PLAN
 from onnxsplit.cli.output import Output, make_command
 from onnxsplit.cli.values import NODES, NumberParam
+
+_COMMON: OptionTable = [
+    (("--image",), {"required": True, "help": "Container image with onnxsplit; docs/hosts.md has a Dockerfile."}),
+    (
+        ("-o", "--out"),
+        {"type": click.Path(path_type=Path), "required": True, "metavar": "DIR", "help": "Folder to write."},
+    ),
+    (("--name",), {"help": "Prefix of every object's name. Default: the model's name."}),
+]
+_CUSTOM_OPS: OptionTable = [
+    (
+        ("--custom-ops", "custom_ops"),
+        {
+            "multiple": True,
+            "metavar": "FILE.so",
+            "help": "Custom op library that the plan needs, by its path in the image, or onnxruntime-extensions. "
+            "Repeatable.",
+        },
+    )
+]
 
 
 @click.group(cls=CommandGroup)
@@ -19,13 +39,12 @@ def command() -> None:
 
 @make_command
 @PLAN
-@option("--image", required=True, help="Container image with onnxsplit; docs/hosts.md has a Dockerfile.")
-@option("-o", "--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Folder to write.")
-@option("--name", help="Prefix of every object's name. Default: the model's name.")
+@add_options(_COMMON)
 @option(
     "--claim",
-    metavar="NAME",
-    help="PersistentVolumeClaim with the plan. Default: the image holds the plan at /plans/NAME.plan.",
+    metavar="NAME[/FOLDER]",
+    help="PersistentVolumeClaim with the plan, and the plan's folder on it. Default: the image holds the plan at "
+    "/plans/NAME.plan.",
 )
 @option("--max-replicas", "most_replicas", type=NODES, default=8, help="Largest number of nodes a stage is scaled to.")
 @option(
@@ -34,46 +53,53 @@ def command() -> None:
     default=0.8,
     help="Utilisation of a stage's nodes that scaling aims at.",
 )
+@add_options(_CUSTOM_OPS)
+@option("--token", is_flag=True, help="Require a token of clients: that in DIR/base/keys/token, made if it is missing.")
 @option(
-    "--custom-ops",
-    "custom_ops",
-    multiple=True,
-    metavar="FILE.so",
-    help="Custom op library that the plan needs, by its path in the image, or onnxruntime-extensions. Repeatable.",
+    "--tls-secret", metavar="NAME", help="Serve TLS with the certificate of this Secret, of the type kubernetes.io/tls."
 )
-def kubernetes(
-    output: Output,
-    *,
-    plan: Path,
-    image: str,
-    out: Path,
-    name: str | None,
-    claim: str | None,
-    most_replicas: int,
-    utilisation: float,
-    custom_ops: tuple[str, ...],
-) -> None:
+@option(
+    "--network-policy",
+    is_flag=True,
+    help="Allow connections only as needed: nodes and gateway of this plan among each other, and clients to the "
+    "gateway.",
+)
+@option("--service-monitor", is_flag=True, help="Have the Prometheus operator scrape the gateway.")
+@option(
+    "--revision",
+    default="",
+    metavar="TEXT",
+    help="Any text. Another one replaces all pods, as for a renewed certificate.",
+)
+def kubernetes(output: Output, *, plan: Path, out: Path, name: str | None, **values: object) -> None:
     """Write Kubernetes manifests for the plan in DIR.
 
-    They have Kustomize's layout, and new keys for the plan's links.
+    They have Kustomize's layout, and new keys for the plan's links. In a folder with manifests of an earlier plan, they
+    replace these; keys, token and overlays stay.
     """
     from onnxsplit.plan_files import load_plan
-    from runtime.deploy.kubernetes import DeployOptions, name_of, write
+    from runtime.deploy.folder import write
+    from runtime.deploy.kubernetes import DeployOptions, replace_commands
+    from runtime.deploy.names import name_of
 
     loaded = load_plan(plan)
-    deploy_options = DeployOptions(
-        name=name or name_of(loaded),
-        image=image,
-        claim=claim,
-        most_replicas=most_replicas,
-        utilisation=utilisation,
-        custom_ops=custom_ops,
+    options = DeployOptions(name=name or name_of(loaded), **values)  # type: ignore[arg-type]  # as declared above
+    written = write(loaded, options, out)
+    apply, prune = replace_commands(options.name, written.release, written.overlay)
+    output.line(f"Wrote {len(written.files)} files to {out}, release {written.release}; keep base/keys secret. Next:")
+    output.line(f"  {apply}")
+    output.line("Then remove other releases, if there are any:")
+    output.line(f"  {prune}")
+    output.result(
+        {
+            "folder": out,
+            "files": written.files,
+            "name": options.name,
+            "release": written.release,
+            "apply": apply,
+            "prune": prune,
+        }
     )
-    files = write(loaded, deploy_options, out)
-    output.line(
-        f"Wrote {len(files)} files to {out}; keep base/keys secret. Next: kubectl apply -k {out}/overlays/example"
-    )
-    output.result({"folder": out, "files": files, "name": deploy_options.name})
 
 
 command.add_command(kubernetes, "kubernetes")

@@ -1,35 +1,37 @@
 """Kubernetes manifests for a plan, in Kustomize's layout. The cluster starts, restarts and scales the nodes.
 
-    base/kustomization.yaml       the resources, and the secrets that are made of the keys beside it
+    base/kustomization.yaml       the resources, and the Secrets and the ConfigMap that are made of the keys beside it
     base/gateway.yaml             Deployment of the coordinator and its gateway; Services for clients and for nodes
     base/stage-I.yaml             StatefulSet, PodDisruptionBudget and HorizontalPodAutoscaler of a stage
-    base/keys/                    CURVE keys of the gateway and of each stage; secret
-    overlays/example/             namespace, image and numbers of nodes, to be changed by the user
+    base/network.yaml             NetworkPolicies, by option
+    base/monitor.yaml             ServiceMonitor, by option
+    base/keys/                    CURVE keys of the gateway and of each stage, and the token; secret
+    overlays/example/             namespace, to be changed by the user
+
+A *release* is the short identity of a plan and its pods. Objects of nodes carry it in their names and labels, so that
+those of two releases stand side by side while the gateway of one replaces that of the other.
 
 The documents are written down in ``templates/kubernetes.yaml``. This module computes the values and fills them in.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+import hashlib
+import json
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
-from string import Template
-from typing import Any
 
-from onnxsplit.errors import InputError, MissingDependency, PlanError
+from onnxsplit.errors import InputError
 from onnxsplit.numbers import whole_problem
 from onnxsplit.plan import Plan, Stage
 from onnxsplit.plan_base import MOST_NODES
-from runtime.wire.keys import create_for, is_occupied
+from runtime.deploy.documents import Document, filled, templates
+from runtime.deploy.names import check_name, check_object, pull_policy
+from runtime.deploy.sizes import node_sizes, quantity, restart_s, states_bytes
 
-Document = dict[str, Any]
-"""A Kubernetes object as YAML describes it."""
-
-_PROCESS_BYTES = 512 << 20  # memory of a process apart from its stage
-_MIB = 1 << 20
+_RELEASE_DIGITS = 7
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +41,17 @@ class DeployOptions:
     Attributes:
         name: Name of the model, and the beginning of every object's name.
         image: Container image with onnxsplit.
-        claim: PersistentVolumeClaim with the plan, mounted at ``/plans/NAME.plan``. None: the image holds the plan.
+        claim: PersistentVolumeClaim with the plan, and after a ``/`` the plan's folder on it; mounted at
+            ``/plans/NAME.plan``. None: the image holds the plan.
         most_replicas: Largest number of nodes to which a stage is scaled.
         utilisation: Utilisation of a stage's nodes at which scaling aims, above 0 and at most 1.
         custom_ops: Libraries of custom ops for nodes of the stages that need some: paths in the image, or
             ``onnxruntime-extensions`` where the image has that package.
+        token: Whether requests must carry the token that lies among the keys.
+        tls_secret: Secret of the type ``kubernetes.io/tls`` with which the gateway serves; None serves without TLS.
+        network_policy: Whether only the pods of a release may reach each other, and clients only the gateway.
+        service_monitor: Whether the Prometheus operator is told of the gateway's metrics.
+        revision: Any text. Another one makes another release of the same plan.
     """
 
     name: str
@@ -52,6 +60,11 @@ class DeployOptions:
     most_replicas: int = 8
     utilisation: float = 0.8
     custom_ops: tuple[str, ...] = ()
+    token: bool = False
+    tls_secret: str | None = None
+    network_policy: bool = False
+    service_monitor: bool = False
+    revision: str = ""
 
     def check(self) -> None:
         """Refuse values that Kubernetes would refuse.
@@ -59,13 +72,15 @@ class DeployOptions:
         Raises:
             InputError: A value is not allowed. The message names it.
         """
-        if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", self.name):
-            raise InputError(
-                f"{self.name!r} is not a name for Kubernetes objects; allowed: up to 40 lower-case letters, digits and "
-                "'-', beginning with a letter. Give another name with --name"
-            )
-        if not self.image or any(c.isspace() for c in self.image):
-            raise InputError(f"{self.image!r} is not a container image; give a name without spaces, as in NAME:TAG")
+        check_name(self.name)
+        pull_policy(self.image)
+        if self.claim is not None:
+            name, _, folder = self.claim.partition("/")
+            check_object("--claim", name)
+            if self.claim.endswith("/") or folder.startswith("/") or ".." in folder.split("/"):
+                raise InputError(f"--claim {self.claim!r} must be NAME, or NAME/FOLDER with a folder inside the volume")
+        if self.tls_secret is not None:
+            check_object("--tls-secret", self.tls_secret)
         if not 0 < self.utilisation <= 1:
             raise InputError(f"--utilisation must be above 0 and at most 1, not {self.utilisation:g}")
         problem = whole_problem("--max-replicas", self.most_replicas, 1, MOST_NODES)
@@ -73,163 +88,180 @@ class DeployOptions:
             raise InputError(problem)
 
 
-def name_of(plan: Plan) -> str:
-    """A name for Kubernetes objects, made of the model's name."""
-    text = re.sub(r"[^a-z0-9]+", "-", plan.model.name.removesuffix(".onnx").lower()).strip("-")
-    return re.sub(r"^[^a-z]+", "", text)[:40].rstrip("-") or "model"
+def check_custom_ops(plan: Plan, libraries: Sequence[str]) -> None:
+    """Refuse a plan whose libraries of custom ops are not named.
+
+    Raises:
+        InputError: The plan needs custom ops and none are named.
+    """
+    if plan.custom_ops and not libraries:
+        needed = ", ".join(repr(library.name) for library in plan.custom_ops)
+        raise InputError(
+            f"nodes of this plan need the custom op libraries {needed}; say where the image has them, with "
+            "--custom-ops FILE.so for each, or --custom-ops onnxruntime-extensions"
+        )
 
 
-def manifests(plan: Plan, options: DeployOptions) -> dict[str, list[Document]]:
-    """The documents of every file, by the file's path.
+def stage_names(plan: Plan) -> tuple[str, ...]:
+    """The names of the stages, as their keys have them."""
+    return tuple(f"stage-{stage.index}" for stage in plan.stages)
+
+
+def manifests(
+    plan: Plan, options: DeployOptions, *, allowed: Sequence[str] | None = None, token: str = ""
+) -> tuple[str, dict[str, list[Document]]]:
+    """The release, and the documents of every file by the file's path.
+
+    Args:
+        plan: The plan.
+        options: How to deploy it.
+        allowed: Names of the keys that the gateway allows; those of the plan's stages when None.
+        token: The token, if there is one; another token makes another release, because a gateway reads it once.
 
     Raises:
         InputError: An option is not allowed, or the plan needs custom ops and none are named.
         MissingDependency: PyYAML is not installed.
     """
     options.check()
-    if plan.custom_ops and not options.custom_ops:
-        needed = ", ".join(repr(library.name) for library in plan.custom_ops)
-        raise InputError(
-            f"nodes of this plan need the custom op libraries {needed}; say where the image has them, with "
-            "--custom-ops FILE.so for each, or --custom-ops onnxruntime-extensions"
-        )
-    templates = _templates()
-    names = [f"stage-{stage.index}" for stage in plan.stages]
-    documents = {"base/gateway.yaml": _filled(templates["gateway"], _gateway_values(names, options))}
+    check_custom_ops(plan, options.custom_ops)
+    release = _release(plan, options, token)
+    documents = _pods(plan, options, release)
+    names = stage_names(plan)
+    values: dict[str, object] = {"name": options.name, "release": release, "endpoints": [_endpoint(options)]}
+    found = templates("kubernetes")
+    if options.network_policy:
+        documents["base/network.yaml"] = filled(found["network"], values)
+    if options.service_monitor:
+        documents["base/monitor.yaml"] = filled(found["monitor"], values)
+    values["resources"] = [Path(path).name for path in documents]
+    values["allowed_files"] = [
+        f"{name}.key=keys/coordinator/allowed/{name}.key" for name in (names if allowed is None else allowed)
+    ]
+    values["secrets"] = [
+        _secret(options, "gateway", "coordinator", [], release),
+        *(_secret(options, name, name, ["coordinator"], release) for name in names),
+        *([_token_secret(options)] if options.token else []),
+    ]
+    documents["base/kustomization.yaml"] = filled(found["kustomization"], values)
+    documents["overlays/example/kustomization.yaml"] = filled(found["overlay"], values)
+    return release, documents
+
+
+def replace_commands(name: str, release: str, overlay: Path) -> tuple[str, str]:
+    """The commands that follow ``deploy``: the first applies a release and waits for it, the second removes others."""
+    label = "app.kubernetes.io"
+    others = f"{label}/name={name},{label}/version,{label}/version!={release}"
+    kinds = "statefulsets,horizontalpodautoscalers,poddisruptionbudgets,networkpolicies,services,secrets"
+    return (
+        f"kubectl apply -k {shlex.quote(str(overlay))} && kubectl rollout status deployment/{name}-gateway",
+        f"kubectl wait --for=delete pods -l '{others},{label}/component=gateway' --timeout=5m && "
+        f"kubectl delete {kinds} -l '{others}'",
+    )
+
+
+def _release(plan: Plan, options: DeployOptions, token: str) -> str:
+    """The identity of a plan and of all that its pods are made of. It begins with a letter, so YAML reads a text."""
+    pods = [
+        document["spec"]
+        for documents in _pods(plan, options, "").values()
+        for document in documents
+        if document["kind"] in ("Deployment", "StatefulSet")
+    ]
+    text = json.dumps([hashlib.sha256(plan.to_json()).hexdigest(), pods, token, options.revision], sort_keys=True)
+    return f"r{hashlib.sha256(text.encode()).hexdigest()[:_RELEASE_DIGITS]}"
+
+
+def _pods(plan: Plan, options: DeployOptions, release: str) -> dict[str, list[Document]]:
+    """The documents of the gateway and of each stage."""
+    found = templates("kubernetes")
+    common = {
+        "name": options.name,
+        "image": options.image,
+        "pull_policy": pull_policy(options.image),
+        "release": release,
+    }
+    documents = {"base/gateway.yaml": filled(found["gateway"], common | _gateway_values(plan, options))}
     for stage in plan.stages:
-        documents[f"base/stage-{stage.index}.yaml"] = _filled(templates["stage"], _stage_values(stage, options))
-    resources = [Path(path).name for path in documents]
-    secrets = [_secret(options, "gateway", "coordinator", names)]
-    secrets += [_secret(options, name, name, ["coordinator"]) for name in names]
-    base = {"resources": resources, "secrets": secrets}
-    documents["base/kustomization.yaml"] = _filled(templates["kustomization"], base)
-    documents["overlays/example/kustomization.yaml"] = _filled(templates["overlay"], _overlay_values(plan, options))
+        values = common | _stage_values(plan, stage, options)
+        documents[f"base/stage-{stage.index}.yaml"] = filled(found["stage"], values)
     return documents
 
 
-def write(plan: Plan, options: DeployOptions, folder: Path) -> list[Path]:
-    """Write the manifests and new keys for them into a new folder.
-
-    Returns:
-        The files, without the keys.
-
-    Raises:
-        InputError: An option is not allowed.
-        PlanError: The folder exists and is not empty, or cannot be written.
-        MissingDependency: PyYAML is not installed.
-    """
-    texts = {path: to_yaml(documents) for path, documents in manifests(plan, options).items()}
-    if is_occupied(folder):
-        raise PlanError(f"{folder} is there already; nothing was touched. Choose another folder with -o DIR")
-    try:
-        (folder / "base").mkdir(parents=True)
-    except OSError as error:
-        raise PlanError(f"cannot write {folder}: {error.strerror}. Choose another folder with -o DIR") from error
-    create_for(folder / "base" / "keys", tuple(f"stage-{stage.index}" for stage in plan.stages))
-    for path, text in texts.items():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_text(text)
-    return [folder / path for path in texts]
-
-
-def to_yaml(documents: list[Document]) -> str:
-    """The text of a file with these documents.
-
-    Raises:
-        MissingDependency: PyYAML is not installed.
-    """
-    yaml = _yaml()
-    dumper = type("Plain", (yaml.SafeDumper,), {"ignore_aliases": lambda *_: True})
-    text: str = "---\n".join(yaml.dump(one, Dumper=dumper, sort_keys=False, width=120) for one in documents)
-    return text
-
-
-def _yaml() -> Any:
-    try:
-        import yaml
-    except ImportError as error:
-        raise MissingDependency("manifests need PyYAML: pip install 'onnxsplit[deploy]'") from error
-    return yaml
-
-
-def _templates() -> dict[str, Any]:
-    text = (files(__package__ or "") / "templates" / "kubernetes.yaml").read_text(encoding="utf-8")
-    templates: dict[str, Any] = _yaml().safe_load(text)
-    return templates
-
-
-def _filled(template: Any, values: Mapping[str, object]) -> Any:
-    """A template with its placeholders filled, as ``templates/kubernetes.yaml`` explains at its top."""
-    if isinstance(template, dict):
-        return {key: _filled(value, values) for key, value in template.items()}
-    if isinstance(template, list):
-        items: list[Any] = []
-        for entry in template:
-            value = _filled(entry, values)
-            items += value if isinstance(value, list) else [value]
-        return items
-    if not isinstance(template, str):
-        return template
-    if template.startswith("$") and template[1:].isidentifier():
-        return values[template[1:]]
-    return Template(template).substitute(values)
-
-
-def _gateway_values(stages: list[str], options: DeployOptions) -> dict[str, object]:
+def _gateway_values(plan: Plan, options: DeployOptions) -> dict[str, object]:
     plan_path = f"/plans/{options.name}.plan"  # the gateway calls the model by it
-    mount = {"name": "plan", "mountPath": plan_path, "readOnly": True}
-    volume = {"name": "plan", "persistentVolumeClaim": {"claimName": options.claim, "readOnly": True}}
+    claim, _, folder = (options.claim or "").partition("/")
+    plan_mount = {"name": "plan", "mountPath": plan_path, "readOnly": True} | ({"subPath": folder} if folder else {})
+    plan_volume = {"name": "plan", "persistentVolumeClaim": {"claimName": claim, "readOnly": True}}
+    states = states_bytes(plan)
+    token, tls = options.token, options.tls_secret is not None
+    access = ["--token-file", "/keys/own/token"] if token else []
+    access += ["--tls-cert", "/tls/tls.crt", "--tls-key", "/tls/tls.key"] if tls else []
     return {
-        "name": options.name,
-        "image": options.image,
         "plan_path": plan_path,
-        "plan_mounts": [] if options.claim is None else [mount],
-        "plan_volumes": [] if options.claim is None else [volume],
-        "stage_keys": [{"key": f"{stage}.key", "path": f"allowed/{stage}.key"} for stage in stages],
+        "plan_mounts": [plan_mount] if claim else [],
+        "plan_volumes": [plan_volume] if claim else [],
+        "cache_args": ["--cache-bytes", str(states)] if states else [],
+        "ready_grace": restart_s(plan),
+        "access_args": access,
+        "copy_token": " && cp -L /token/token /keys/own/token" if token else "",
+        "token_mounts": [_mount("token")] if token else [],
+        "token_volumes": [_secret_volume("token", f"{options.name}-token")] if token else [],
+        "tls_mounts": [_mount("tls")] if tls else [],
+        "tls_volumes": [_secret_volume("tls", options.tls_secret)] if tls else [],
+        "scheme": "HTTPS" if tls else "HTTP",
     }
 
 
-def _stage_values(stage: Stage, options: DeployOptions) -> dict[str, object]:
-    memory = _mebibytes(stage.peak_memory_bytes + _PROCESS_BYTES)
-    limits = {"memory": memory}
+def _mount(name: str) -> Document:
+    return {"name": name, "mountPath": f"/{name}", "readOnly": True}
+
+
+def _secret_volume(name: str, secret: str | None) -> Document:
+    return {"name": name, "secret": {"secretName": secret, "defaultMode": 0o440}}
+
+
+def _stage_values(plan: Plan, stage: Stage, options: DeployOptions) -> dict[str, object]:
+    sizes = node_sizes(plan, stage)
+    memory, disk = quantity(sizes.memory), quantity(sizes.disk)
+    limits = {"memory": memory, "ephemeral-storage": disk}
     if stage.provider.startswith("cuda"):
         limits["nvidia.com/gpu"] = "1"
-    # The cache holds the stage's files as fetched, and the packed weights that nodes make of them.
-    cache_bytes = 2 * sum(entry.size_bytes for entry in stage.files) + _PROCESS_BYTES
     libraries = options.custom_ops if stage.custom_ops else ()
     return {
-        "name": options.name,
-        "image": options.image,
         "stage": stage.index,
         "replicas": stage.replicas,
         "most_replicas": max(options.most_replicas, stage.replicas),
         "utilisation": f"{round(options.utilisation * 1000)}m",
         "cpu": stage.threads,
         "memory": memory,
+        "disk": disk,
         "limits": limits,
-        "cache_size": _mebibytes(cache_bytes),
+        "cache": sizes.cache,
+        "cache_volume": quantity(sizes.cache_volume),
         "custom_ops_args": [word for library in libraries for word in ("--custom-ops", library)],
     }
 
 
-def _mebibytes(size_bytes: int) -> str:
-    """A size in Kubernetes' unit, rounded up."""
-    return f"{-(-size_bytes // _MIB)}Mi"
-
-
-def _secret(options: DeployOptions, owner: str, folder: str, allowed: list[str]) -> Document:
-    """The secret of a pod: its own key pair, and the public keys of the peers it may connect to."""
+def _secret(options: DeployOptions, owner: str, folder: str, allowed: list[str], release: str) -> Document:
+    """The secret of a pod: its own key pair, and the public keys of the peers that it knows from the start."""
     sources = [f"secret.key=keys/{folder}/secret.key", f"public.key=keys/{folder}/public.key"]
     sources += [f"{name}.key=keys/{folder}/allowed/{name}.key" for name in allowed]
-    return {"name": f"{options.name}-keys-{owner}", "files": sources}
+    labels = {"app.kubernetes.io/name": options.name, "app.kubernetes.io/version": release}
+    return {"name": f"{options.name}-keys-{owner}", "files": sources, "options": {"labels": labels}}
 
 
-def _overlay_values(plan: Plan, options: DeployOptions) -> dict[str, object]:
-    name, colon, tag = options.image.rpartition(":")
-    if not colon or "/" in tag:  # the colon belongs to the registry's port
-        name, tag = options.image, ""
-    return {
-        "image_name": name,
-        "image_tag": tag or "latest",
-        "replica_counts": [{"name": f"{options.name}-stage-{s.index}", "count": s.replicas} for s in plan.stages],
-    }
+def _token_secret(options: DeployOptions) -> Document:
+    """The secret of the token, under a name that a ServiceMonitor can know."""
+    stable = {"disableNameSuffixHash": True, "labels": {"app.kubernetes.io/name": options.name}}
+    return {"name": f"{options.name}-token", "files": ["token=keys/token"], "options": stable}
+
+
+def _endpoint(options: DeployOptions) -> Document:
+    """Where and how Prometheus finds the metrics."""
+    endpoint: Document = {"port": "http", "path": "/metrics"}
+    if options.tls_secret is not None:  # the certificate is for the clients' name of the gateway
+        endpoint |= {"scheme": "https", "tlsConfig": {"insecureSkipVerify": True}}
+    if options.token:
+        credentials = {"name": f"{options.name}-token", "key": "token"}
+        endpoint["authorization"] = {"type": "Bearer", "credentials": credentials}
+    return endpoint

@@ -166,11 +166,23 @@ def create_for(folder: Path, nodes: tuple[str, ...]) -> list[Path]:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     coordinator = folder / "coordinator"
     create(coordinator)
-    for name in nodes:
-        create(folder / name)
-        allow(folder / name, coordinator / "public.key", "coordinator")
-        allow(coordinator, folder / name / "public.key", name)
-    return [coordinator, *(folder / name for name in nodes)]
+    return [coordinator, *(add_node(folder, name) for name in nodes)]
+
+
+def add_node(folder: Path, name: str) -> Path:
+    """Make a keys folder for another node of a coordinator whose keys :func:`create_for` made.
+
+    Returns:
+        The node's keys folder.
+
+    Raises:
+        InputError: as :func:`create`, or the name is not allowed.
+    """
+    check_name(name)
+    create(folder / name)
+    allow(folder / name, folder / "coordinator" / "public.key", "coordinator")
+    allow(folder / "coordinator", folder / name / "public.key", name)
+    return folder / name
 
 
 def allow(folder: Path, public: Path, name: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,17 +12,25 @@ import kubernetes_validate
 import msgspec.structs
 import pytest
 import yaml
+from rendered import kustomized, of_kind, pods, word_after
 
-from onnxsplit.errors import InputError, PlanError
+from onnxsplit.errors import InputError
 from onnxsplit.plan import CustomOps
 from onnxsplit.plan_files import parse_plan
-from runtime.deploy.kubernetes import DeployOptions, manifests, name_of, to_yaml, write
+from runtime.deploy import kubernetes
+from runtime.deploy.documents import to_yaml
+from runtime.deploy.folder import write
+from runtime.deploy.kubernetes import DeployOptions
+from runtime.deploy.names import name_of
 from runtime.wire.keys import Keys
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "onnxsplit" / "golden_plan.json"
+REWRITE = "run: PYTHONPATH=.:tests/support python tests/runtime/test_kubernetes.py"
 EXAMPLE = ROOT / "docs" / "deploy" / "kubernetes"
 OPTIONS = DeployOptions(name="reader", image="registry.example/onnxsplit:0.1.0", claim="plans")
+ALL = replace(OPTIONS, token=True, tls_secret="web", network_policy=True, service_monitor=True)
+OWN_KINDS = ("Kustomization", "ServiceMonitor")  # whose schemas are not those of Kubernetes
 
 
 @pytest.fixture
@@ -31,15 +38,16 @@ def plan():
     return parse_plan(GOLDEN.read_bytes(), where=GOLDEN)
 
 
-def of_kind(files, kind: str) -> dict:
-    return {d["metadata"]["name"]: d for documents in files.values() for d in documents if d["kind"] == kind}
+def manifests(plan, options) -> dict:
+    return kubernetes.manifests(plan, options)[1]
 
 
 @pytest.mark.parametrize("version", ["1.30", "1.34", kubernetes_validate.latest_version()])
-def test_every_document_fits_the_schemas_of_kubernetes(plan, version):
-    for path, documents in manifests(plan, OPTIONS).items():
+@pytest.mark.parametrize("options", [OPTIONS, ALL])
+def test_every_document_fits_the_schemas_of_kubernetes(plan, version, options):
+    for path, documents in manifests(plan, options).items():
         for document in documents:
-            if document["kind"] != "Kustomization":
+            if document["kind"] not in OWN_KINDS:
                 kubernetes_validate.validate(document, version, strict=True)
             assert "\t" not in to_yaml([document]), path
 
@@ -57,60 +65,106 @@ def test_each_stage_has_what_the_plan_says_it_needs(plan):
     files = manifests(plan, OPTIONS)
     sets, scalers = of_kind(files, "StatefulSet"), of_kind(files, "HorizontalPodAutoscaler")
     assert len(sets) == len(of_kind(files, "PodDisruptionBudget")) == len(plan.stages)
-    name = f"reader-stage-{cuda.index}"
+    release, _ = kubernetes.manifests(plan, OPTIONS)
+    name = f"reader-stage-{cuda.index}-{release}"
     (container,) = sets[name]["spec"]["template"]["spec"]["containers"]
-    assert sets[name]["spec"]["replicas"] == scalers[name]["spec"]["minReplicas"] == 3
+    assert scalers[name]["spec"]["minReplicas"] == 3
+    assert scalers[name]["spec"]["scaleTargetRef"]["name"] == name
+    assert not any("replicas" in one["spec"] for one in sets.values()), "applying them would undo the scaling"
     assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
     assert container["resources"]["requests"]["cpu"] == "2"
     assert container["args"][container["args"].index("--stage") + 1] == str(cuda.index)
-    other = sets["reader-stage-0"]["spec"]["template"]["spec"]["containers"][0]
+    other = sets[f"reader-stage-0-{release}"]["spec"]["template"]["spec"]["containers"][0]
     assert "nvidia.com/gpu" not in other["resources"]["limits"]
 
 
-def test_the_words_in_containers_are_ones_that_our_commands_take(plan):
+@pytest.mark.parametrize("options", [OPTIONS, ALL])
+def test_the_words_in_containers_are_ones_that_our_commands_take(plan, options):
     from onnxsplit.cli.node import command as node
     from onnxsplit.cli.serve import command as serve
 
-    files = manifests(plan, OPTIONS)
+    files = manifests(plan, options)
     (gateway,) = of_kind(files, "Deployment").values()
     for template, command in [(gateway, serve), *((s, node) for s in of_kind(files, "StatefulSet").values())]:
         words = template["spec"]["template"]["spec"]["containers"][0]["args"]
         command.make_context(words[0], words[1:])
 
 
-def test_what_is_written_can_be_built_and_its_keys_open_the_links(plan, tmp_path):
-    write(plan, OPTIONS, tmp_path / "out")
+@pytest.mark.parametrize("options", [OPTIONS, ALL])
+def test_what_is_written_can_be_built_and_its_keys_open_the_links(plan, tmp_path, options):
+    written = write(plan, options, tmp_path / "out")
     keys = tmp_path / "out" / "base" / "keys"
     for stage in plan.stages:
         own = Keys(keys / f"stage-{stage.index}")
         assert own.pair.public in Keys(keys / "coordinator").allowed
         assert own.of("coordinator") == Keys(keys / "coordinator").pair.public
     assert (keys / "stage-0" / "secret.key").stat().st_mode & 0o777 == 0o600
-    with pytest.raises(PlanError, match="nothing was touched"):
-        write(plan, OPTIONS, tmp_path / "out")
-    if shutil.which("kubectl") is None:
-        pytest.skip("kubectl is not installed: Kustomize did not build it")
-    command = ["kubectl", "kustomize", str(tmp_path / "out" / "overlays" / "example")]
-    built = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert built.returncode == 0, built.stderr
-    documents = list(yaml.safe_load_all(built.stdout))
-    secrets = {d["metadata"]["name"] for d in documents if d["kind"] == "Secret"}
-    assert len(secrets) == len(plan.stages) + 1
+    documents = kustomized(written.overlay)
+    named = {(d["kind"], d["metadata"]["name"]) for d in documents} | {("Secret", "web")}
     for document in documents:
-        kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
+        if document["kind"] not in OWN_KINDS:
+            kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
         if document["kind"] in ("Deployment", "StatefulSet"):
-            (used,) = [
-                v["secret"]["secretName"] for v in document["spec"]["template"]["spec"]["volumes"] if "secret" in v
-            ]
-            assert used in secrets, "Kustomize gave it the name with the hash of its content"
+            volumes = document["spec"]["template"]["spec"]["volumes"]
+            used = {("Secret", v["secret"]["secretName"]) for v in volumes if "secret" in v}
+            used |= {("ConfigMap", v["configMap"]["name"]) for v in volumes if "configMap" in v}
+            assert used <= named, "Kustomize gave them the names with the hashes of their contents"
+    (allowed,) = [d for d in documents if d["kind"] == "ConfigMap"]
+    assert set(allowed["data"]) == {f"stage-{stage.index}.key" for stage in plan.stages}
+
+
+def test_pods_run_without_rights_and_within_limits(plan):
+    for pod in pods(manifests(plan, ALL)):
+        spec = pod["spec"]
+        assert spec["securityContext"]["runAsNonRoot"]
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        for container in (*spec["initContainers"], *spec["containers"]):
+            security = container["securityContext"]
+            assert (security["allowPrivilegeEscalation"], security["readOnlyRootFilesystem"]) == (False, True)
+            assert security["capabilities"] == {"drop": ["ALL"]}
+            for resources in (container["resources"]["requests"], container["resources"]["limits"]):
+                assert resources["memory"]
+                assert resources["ephemeral-storage"]
+        for container in spec["containers"]:
+            startup, liveness = container["startupProbe"], container["livenessProbe"]
+            assert startup["failureThreshold"] * startup["periodSeconds"] >= 300
+            assert liveness["failureThreshold"] * liveness["periodSeconds"] <= 30
+        assert spec["terminationGracePeriodSeconds"] > 30  # what onnxsplit takes to answer accepted requests
+    (gateway,) = of_kind(manifests(plan, ALL), "Deployment").values()
+    (container,) = gateway["spec"]["template"]["spec"]["containers"]
+    pause_s = int(container["lifecycle"]["preStop"]["exec"]["command"][-1])
+    longest_s = pause_s + float(word_after(container, "--drain"))
+    assert gateway["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] > longest_s
+    assert float(word_after(container, "--ready-grace")) >= 60
+
+
+def size(text: str) -> int:
+    assert text.endswith("Mi")
+    return int(text.removesuffix("Mi")) << 20
+
+
+@pytest.mark.parametrize("size_bytes", [0, 1, 5 << 20, 70_000_000_001])
+def test_a_stage_fits_the_disk_and_the_memory_of_its_pod(plan, size_bytes):
+    entry = msgspec.structs.replace(plan.stages[0].files[0], size_bytes=size_bytes)
+    stage = msgspec.structs.replace(plan.stages[0], files=(entry,), peak_memory_bytes=2 * size_bytes)
+    plan = msgspec.structs.replace(plan, stages=(stage, *plan.stages[1:]))
+    spec = pods(manifests(plan, OPTIONS))[1]["spec"]
+    (container,) = spec["containers"]
+    volumes = {volume["name"]: volume.get("emptyDir") for volume in spec["volumes"]}
+    limit, cache = size(volumes["cache"]["sizeLimit"]), int(word_after(container, "--cache"))
+    assert size_bytes <= cache < limit
+    on_disk = sum(size(v["sizeLimit"]) for v in volumes.values() if v and "medium" not in v)
+    for resources in (container["resources"]["requests"], container["resources"]["limits"]):
+        assert size(resources["ephemeral-storage"]) > on_disk
+        assert size(resources["memory"]) > 2 * size_bytes
+    gateway = pods(manifests(plan, OPTIONS))[0]["spec"]["containers"][0]
+    assert float(word_after(gateway, "--ready-grace")) >= 60 + size_bytes / (50 << 20)
 
 
 def test_the_probes_of_a_node_tell_the_truth(plan, tmp_path):
     from runtime.node.health import write_health
 
-    (container,) = of_kind(manifests(plan, OPTIONS), "StatefulSet")["reader-stage-0"]["spec"]["template"]["spec"][
-        "containers"
-    ]
+    (container,) = pods(manifests(plan, OPTIONS))[1]["spec"]["containers"]
     health = tmp_path / "health"
 
     def passes(probe: str) -> bool:
@@ -120,9 +174,9 @@ def test_the_probes_of_a_node_tell_the_truth(plan, tmp_path):
 
     assert not passes("livenessProbe")
     write_health(health, "loading")
-    assert (passes("livenessProbe"), passes("readinessProbe")) == (True, False)
+    assert [passes(probe) for probe in ("livenessProbe", "readinessProbe", "startupProbe")] == [True, False, False]
     write_health(health, "ready")
-    assert (passes("livenessProbe"), passes("readinessProbe")) == (True, True)
+    assert [passes(probe) for probe in ("livenessProbe", "readinessProbe", "startupProbe")] == [True, True, True]
     subprocess.run(["touch", "-d", "1 minute ago", health], check=True)
     assert not passes("livenessProbe"), "it was not written for a long time"
 
@@ -132,7 +186,11 @@ def test_names_and_options_that_kubernetes_would_refuse_are_refused(plan, tmp_pa
     assert name_of(named) == "big-model-v2"
     for wrong, words in (
         ({"name": "Big"}, "not a name for Kubernetes"),
+        ({"name": "a" * 33}, "up to 32"),
         ({"image": "a b"}, "not a container image"),
+        ({"claim": "Plans"}, "--claim 'Plans' is not the name"),
+        ({"claim": "plans/../x"}, "a folder inside the volume"),
+        ({"tls_secret": ""}, "--tls-secret '' is not the name"),
         ({"utilisation": 1.5}, "--utilisation"),
         ({"most_replicas": 0}, "--max-replicas"),
     ):
@@ -141,18 +199,21 @@ def test_names_and_options_that_kubernetes_would_refuse_are_refused(plan, tmp_pa
 
 
 def test_no_value_changes_the_structure_of_the_manifests(plan):
-    image, claim = "a&b*{c}#$d:${name}", "x: [y\n- z"
-    files = manifests(plan, replace(OPTIONS, image=image, claim=claim))
-    pod = of_kind(files, "Deployment")["reader-gateway"]["spec"]["template"]["spec"]
-    assert pod["containers"][0]["image"] == image
-    assert pod["volumes"][-1]["persistentVolumeClaim"]["claimName"] == claim
+    library, folder = "a&b*{c}#$d:${name}", "x: [y\n- z"
+    first = msgspec.structs.replace(plan.stages[0], custom_ops=("a",))
+    plan = msgspec.structs.replace(plan, stages=(first, *plan.stages[1:]))
+    files = manifests(plan, replace(OPTIONS, custom_ops=(library,), claim=f"plans/{folder}"))
+    gateway, node, *_ = pods(files)
+    assert library in node["spec"]["containers"][0]["args"]
+    assert gateway["spec"]["volumes"][-1]["persistentVolumeClaim"]["claimName"] == "plans"
+    assert gateway["spec"]["containers"][0]["volumeMounts"][-1]["subPath"] == folder
     for documents in files.values():
         assert list(yaml.safe_load_all(to_yaml(documents))) == documents
 
 
 def test_the_example_in_the_docs_is_what_is_written(plan):
     for path, documents in manifests(plan, OPTIONS).items():
-        assert (EXAMPLE / path).read_text() == to_yaml(documents), "run: python tests/runtime/test_kubernetes.py"
+        assert (EXAMPLE / path).read_text() == to_yaml(documents), REWRITE
 
 
 def test_the_command_says_what_comes_next(chain_plan, tmp_path, python_environment):
@@ -160,14 +221,15 @@ def test_the_command_says_what_comes_next(chain_plan, tmp_path, python_environme
     done = subprocess.run(
         [*map(str, command), "--json"], env=python_environment, cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    assert json.loads(done.stdout)["name"] == "model"
+    said = json.loads(done.stdout)
+    assert said["name"] == "model"
+    assert said["release"] in said["prune"]
     assert (tmp_path / "m" / "base" / "gateway.yaml").is_file()
-
-
-if __name__ == "__main__":
-    for file, found in manifests(parse_plan(GOLDEN.read_bytes(), where=GOLDEN), OPTIONS).items():
-        (EXAMPLE / file).parent.mkdir(parents=True, exist_ok=True)
-        (EXAMPLE / file).write_text(to_yaml(found))
+    again = subprocess.run(
+        [*map(str, command)], env=python_environment, cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert said["apply"] in again.stdout
+    assert said["prune"] in again.stdout
 
 
 def test_nodes_of_stages_with_custom_ops_name_their_libraries(plan):
@@ -180,3 +242,9 @@ def test_nodes_of_stages_with_custom_ops_name_their_libraries(plan):
     sets = of_kind(files, "StatefulSet").values()
     words = [one["spec"]["template"]["spec"]["containers"][0]["args"] for one in sets]
     assert ["/opt/libops.so" in one for one in words] == [True] + [False] * (len(plan.stages) - 1)
+
+
+if __name__ == "__main__":
+    for file, found in manifests(parse_plan(GOLDEN.read_bytes(), where=GOLDEN), OPTIONS).items():
+        (EXAMPLE / file).parent.mkdir(parents=True, exist_ok=True)
+        (EXAMPLE / file).write_text(to_yaml(found))
