@@ -11,6 +11,7 @@ from onnxsplit.cli.model_options import PLAN
 from onnxsplit.cli.output import Output, make_command
 from onnxsplit.cli.values import NODES, NumberParam
 
+_PODS = click.IntRange(1, 1000)
 _COMMON: OptionTable = [
     (("--image",), {"required": True, "help": "Container image with onnxsplit; docs/hosts.md has a Dockerfile."}),
     (
@@ -102,4 +103,34 @@ def kubernetes(output: Output, *, plan: Path, out: Path, name: str | None, **val
     )
 
 
+@make_command
+@PLAN
+@add_options(_COMMON)
+@option(
+    "--storage",
+    required=True,
+    metavar="URI",
+    help="Where KServe finds the plan's folder: pvc://CLAIM/FOLDER, s3://BUCKET/FOLDER, hf://OWNER/NAME, ...",
+)
+@option("--min-replicas", "least_replicas", type=_PODS, default=1, help="Smallest number of pods.")
+@option("--max-replicas", "most_replicas", type=_PODS, help="Largest number of pods. Default: the smallest.")
+@add_options(_CUSTOM_OPS)
+def kserve(output: Output, *, plan: Path, out: Path, name: str | None, **values: object) -> None:
+    """Write objects for KServe, for the plan in DIR.
+
+    They are a ServingRuntime and an InferenceService, which runs all stages in one pod. In a folder with those of an
+    earlier plan, they replace these.
+    """
+    from onnxsplit.plan_files import load_plan
+    from runtime.deploy.kserve import KServeOptions, write
+    from runtime.deploy.names import name_of
+
+    loaded = load_plan(plan)
+    options = KServeOptions(name=name or name_of(loaded), **values)  # type: ignore[arg-type]  # as declared above
+    files = write(loaded, options, out)
+    output.line(f"Wrote {len(files)} files to {out}. Next: kubectl apply -k {out}")
+    output.result({"folder": out, "files": files, "name": options.name})
+
+
 command.add_command(kubernetes, "kubernetes")
+command.add_command(kserve, "kserve")

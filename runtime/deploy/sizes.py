@@ -41,6 +41,15 @@ def node_sizes(plan: Plan, stage: Stage) -> Sizes:
     return _sizes(memory, _files_bytes([stage]))
 
 
+def plan_sizes(plan: Plan) -> Sizes:
+    """The sizes of a container that runs the gateway and all nodes of a plan."""
+    states = states_bytes(plan)
+    nodes = sum(stage.replicas * (stage.peak_memory_bytes + states + _PROCESS_BYTES) for stage in plan.stages)
+    memory = nodes + 2 * _PROCESS_BYTES  # the second is for requests that wait
+    shared = [stage for stage in plan.stages if stage.replicas > 1]
+    return _sizes(memory * 4 // 3, 2 * _files_bytes(shared))  # requests in flight may have a quarter of the memory
+
+
 def _sizes(memory: int, cache: int) -> Sizes:
     volume = rounded(cache) + _VOLUME_MARGIN_BYTES
     disk = volume + _TMP_BYTES + _LOG_BYTES

@@ -23,6 +23,7 @@ from waiting import wait_until
 from onnxsplit.plan_files import load_plan
 from onnxsplit.planning.planner import partition
 from onnxsplit.stages.verify import run_stages
+from runtime.deploy import kserve
 from runtime.deploy.folder import write
 from runtime.deploy.kubernetes import DeployOptions
 from runtime.wire.keys import revoke
@@ -198,3 +199,21 @@ def test_a_key_that_is_revoked_in_the_config_map_ends_its_nodes_without_a_restar
     assert status == 200, body
     assert np.allclose(json.loads(body)["outputs"][0]["data"], wanted, atol=1e-5)
     cluster.wait_until_ready(again, gateway)
+
+
+def test_the_container_of_kserve_serves_the_plan_that_is_mounted(plans, cluster, wanted):
+    options = kserve.KServeOptions(name="reader", image="onnxsplit:1", storage="pvc://plans/reader")
+    runtime, service = kserve.documents(load_plan(plans["plans-2"]), options)["kserve.yaml"]
+    spec = runtime["spec"]
+    spec["containers"][0]["volumeMounts"].append({"name": "models", "mountPath": "/mnt/models"})  # as KServe does
+    spec["volumes"].append({"name": "models", "persistentVolumeClaim": {"claimName": "plans-2"}})
+    spec["terminationGracePeriodSeconds"] = service["spec"]["predictor"]["terminationGracePeriodSeconds"]
+    pod = cluster.start({"metadata": {"labels": {}}, "spec": spec})
+    cluster.wait_until_ready(pod)
+    assert passes([pod], "startupProbe")
+    assert passes([pod], "livenessProbe")
+    status, body = pod.get("http", 8080, INFER, ASKED)
+    assert status == 200, body
+    assert np.allclose(json.loads(body)["outputs"][0]["data"], wanted, atol=1e-5)
+    assert pod.listens() == {8080, 9000}
+    assert pod.end() == 0, pod.log()
