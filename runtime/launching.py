@@ -46,6 +46,7 @@ def security_of(bind: str, options: RunOptions) -> tuple[Security, Keys | None]:
         pair=keys.pair if keys else None,
         allows=lambda key: keys is not None and key in keys.allowed,
         insecure=options.insecure,
+        revoked=lambda: keys.revoked if keys is not None else frozenset(),
     )
     check_address(bind, security)
     return security, keys

@@ -32,7 +32,20 @@ from onnxsplit.planning.planner import partition
 hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("patient")
 
-LONGEST = ["export", "serving", "cli", "zoo", "faults", "gateway", "readme", "export_docs", "ray", "page", "keys"]
+LONGEST = [
+    "export",
+    "serving",
+    "cli",
+    "zoo",
+    "faults",
+    "gateway",
+    "readme",
+    "export_docs",
+    "ray",
+    "page",
+    "keys",
+    "deployed",
+]
 
 
 @pytest.hookimpl(tryfirst=True)

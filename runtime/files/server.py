@@ -40,6 +40,7 @@ class FileServer:
 
     def __init__(self, address: str, folder: Path, plan: Plan, plan_id: str, *, security: Security) -> None:
         self._folder = folder
+        self._revoked = security.revoked
         self._names = {entry.sha256: entry.name for entry in plan.files()} | {plan_id: PLAN_FILE}
         self._ending = False
         self._wakeup = Wakeup()
@@ -77,7 +78,9 @@ class FileServer:
         while not self._ending:
             self._sockets.wait(60.0)
             while (message := self._inlet.receive()) is not None:
-                identity, header, _ = message
+                identity, header, key = message
+                if key in self._revoked():  # over a link that was opened before
+                    continue
                 try:
                     self._answer(self._inlet, identity, codec.decode_fetch(header))
                 except Exception as error:  # a malformed request gets no answer, and others are served

@@ -104,6 +104,7 @@ class NodeProcess:
         self._patience_s = patience_s
         self._asked_before = asked_before
         self._trusted: frozenset[str] = frozenset()
+        self._revoked: frozenset[str] = frozenset()
         self.rejoins = False
         self.had_place = False
         self._timers: list[threading.Timer] = []
@@ -117,6 +118,7 @@ class NodeProcess:
             allows=lambda key: key in self._trusted or (keys is not None and key in keys.allowed),
             learns=True,
             insecure=options.insecure,
+            revoked=lambda: self._revoked,
         )
         self._files = StageFiles(
             own=options.plan,
@@ -152,7 +154,8 @@ class NodeProcess:
         self._wakeup.ring()
 
     def trust(self, keys: frozenset[str]) -> None:
-        """Accept connections from the owners of these public keys."""
+        """Accept connections from the owners of these public keys, and nothing more from those trusted before."""
+        self._revoked = (self._revoked | self._trusted) - keys
         self._trusted = keys
 
     def end_soon(self, reason: str) -> None:

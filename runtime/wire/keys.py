@@ -44,6 +44,7 @@ class Keys:
 
     Attributes:
         pair: the key pair.
+        revoked: the public keys that were allowed before the folder was last looked at, and are not now.
 
     Raises:
         InputError: a file is missing or holds no key, or other users can read the secret key.
@@ -64,6 +65,7 @@ class Keys:
         self.pair = KeyPair(public=_read(self._folder / "public.key"), secret=_read(secret))
         self._seen: dict[Path, tuple[int, ...]] = _versions(self._folder / "allowed")
         self._peers = {file: _read(file) for file in self._seen}
+        self.revoked: frozenset[str] = frozenset()
 
     @property
     def allowed(self) -> frozenset[str]:
@@ -77,6 +79,7 @@ class Keys:
             before = self._peers
             self._peers = {file: key for file in seen if (key := self._key_now(file, before.get(file))) is not None}
             self._seen = seen
+            self.revoked = self.revoked.union(before.values()).difference(self._peers.values())
         return frozenset(self._peers.values())
 
     @staticmethod

@@ -116,11 +116,17 @@ class Inlet:
     """
 
     def __init__(
-        self, raw: zmq.Socket[bytes], address: str, datagrams: socket.socket | None, unread: set[object]
+        self,
+        raw: zmq.Socket[bytes],
+        address: str,
+        datagrams: socket.socket | None,
+        unread: set[object],
+        revoked: Callable[[], frozenset[str]],
     ) -> None:
         self.raw = raw
         self.address = address
         self._unread = unread
+        self._revoked = revoked
         self._datagrams = datagrams
         self._descriptor = -1 if datagrams is None else datagrams.fileno()
         self._room = memoryview(bytearray(MAX_HEADER_BYTES if datagrams is not None else 0))
@@ -146,8 +152,23 @@ class Inlet:
         return None
 
     def _from_zmq(self) -> tuple[Buffer, list[Buffer]] | None:
+        if (revoked := self._revoked()) and self.raw.curve_server:
+            return self._from_others(revoked)
         header = _take(self.raw, self._unread)
         return None if header is None else (header, _frames(self.raw))
+
+    def _from_others(self, revoked: frozenset[str]) -> tuple[Buffer, list[Buffer]] | None:
+        """The next message of a sender whose key was not revoked. ZeroMQ cannot close the links of one sender."""
+        while True:
+            try:
+                header = self.raw.recv(_NOBLOCK, copy=False)
+            except zmq.Again:
+                self._unread.discard(self.raw)
+                return None
+            self._unread.add(self.raw)
+            frames = _frames(self.raw)
+            if header.get("User-Id") not in revoked:
+                return header.buffer, frames
 
 
 class Outlet:

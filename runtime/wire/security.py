@@ -43,12 +43,15 @@ class Security(msgspec.Struct, frozen=True):
         learns: whether ``allows`` learns keys from a message that may arrive after their owners connect. A key that it
             does not know is then refused for now: its owner tries again, and keeps the messages that it has queued.
         insecure: whether unencrypted links may leave this host.
+        revoked: the keys that ``allows`` allowed before and does not now. What their owners send over links that are
+            still open is dropped. Called for each message; it is to be fast.
     """
 
     pair: KeyPair | None = None
     allows: Callable[[str], bool] = lambda _: False
     learns: bool = False
     insecure: bool = False
+    revoked: Callable[[], frozenset[str]] = frozenset
 
 
 def _with_scheme(address: str) -> str | None:

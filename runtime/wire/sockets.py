@@ -124,7 +124,7 @@ class Sockets:
             datagrams.bind(str(shortcut))
             self._bound_files.append(shortcut)
             self.watch(datagrams.fileno())
-        return Inlet(dealer, bound, datagrams, self._unread)
+        return Inlet(dealer, bound, datagrams, self._unread, self._security.revoked)
 
     def connect(self, address: str, *, receive: bool = False, shortcut: str = "", key: str = "") -> Outlet:
         """Connect to an address, to send messages to the process that has bound it.

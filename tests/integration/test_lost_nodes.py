@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import build
 import numpy as np
+import ports
 import pytest
 import zmq
 
@@ -19,12 +20,13 @@ import tritonclient.grpc as triton_grpc
 from served import Served
 from waiting import wait_until
 
-from onnxsplit.plan_files import load_plan
+from onnxsplit.plan_files import load_plan, plan_id
 from onnxsplit.planning.planner import partition
 from onnxsplit.stages.verify import run_stages
 from runtime.wire import codec
 from runtime.wire.keys import Keys, allow, create_for, revoke
 from runtime.wire.messages.control import PROTOCOL, Hello, Stop
+from runtime.wire.messages.files import Fetch
 
 X = np.random.default_rng(0).standard_normal((1, 32)).astype(np.float32)
 
@@ -124,25 +126,42 @@ def test_a_revoked_node_is_cut_off_while_the_others_serve_and_a_new_key_is_admit
         assert first[0].poll() is None
 
 
-def test_a_connection_that_was_opened_before_its_key_was_revoked_gets_no_place(
+@contextmanager
+def linked(context: zmq.Context, own: Keys, port: int):
+    """A connected link to a port of the coordinator, with the keys of a node."""
+    with context.socket(zmq.DEALER) as link:
+        link.linger, link.rcvtimeo = 0, 60_000
+        link.curve_publickey, link.curve_secretkey = own.pair.public.encode(), own.pair.secret.encode()
+        link.curve_serverkey = own.of("coordinator").encode()
+        with link.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED) as connected:
+            link.connect(f"tcp://127.0.0.1:{port}")
+            assert connected.poll(60_000)
+            link.disable_monitor()
+        yield link
+
+
+def test_a_connection_that_was_opened_before_its_key_was_revoked_gets_neither_place_nor_files(
     plan, keys, free_port, python_environment
 ):
     own = Keys(keys / "c")
-    hello = Hello(PROTOCOL, 0, 1, "h", "tcp://127.0.0.1:9", 1, -1, "", None, own.pair.public)
-    with served(plan, keys, free_port, python_environment) as (server, *_), zmq.Context() as context:
-        with context.socket(zmq.DEALER) as link:
-            link.linger, link.rcvtimeo = 0, 60_000
-            link.curve_publickey, link.curve_secretkey = own.pair.public.encode(), own.pair.secret.encode()
-            link.curve_serverkey = own.of("coordinator").encode()
-            with link.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED) as connected:
-                link.connect(f"tcp://127.0.0.1:{free_port}")
-                assert connected.poll(60_000)
-                link.disable_monitor()
-            revoke(keys / "coordinator", "c")
-            link.send(codec.encode(hello))
-            answer = codec.decode_coordinator_control(link.recv_multipart()[-1])
+    hello = codec.encode(Hello(PROTOCOL, 0, 1, "h", "tcp://127.0.0.1:9", 1, -1, "", None, own.pair.public))
+    fetch = codec.encode(Fetch(plan_id((plan / "plan.json").read_bytes()), 0, 10))
+    results, files = ports.free_port(), ports.free_port()
+    with (
+        served(plan, keys, free_port, python_environment, "--ports", f"{results},{files}") as (server, *_),
+        zmq.Context() as context,
+        linked(context, own, free_port) as control,
+        linked(context, own, files) as fetching,
+    ):
+        fetching.send(fetch)
+        assert fetching.recv_multipart()[-1] == (plan / "plan.json").read_bytes()[:10]
+        revoke(keys / "coordinator", "c")
+        control.send(hello)
+        answer = codec.decode_coordinator_control(control.recv_multipart()[-1])
         assert isinstance(answer, Stop)
         assert (answer.fate, "its key was revoked" in answer.reason) == ("refused", True)
+        fetching.send(fetch)
+        assert not fetching.poll(500), "it gets no more files"
         assert up(server) == 2
 
 

@@ -170,6 +170,28 @@ def test_what_is_sent_before_the_other_side_learns_the_key_arrives_afterwards(pa
         assert outlet.connected
 
 
+def test_what_arrives_over_an_open_link_whose_key_was_revoked_is_dropped(pairs):
+    own, theirs = pairs
+    others, revoked = new_key_pair(), set()
+    security = Security(own, allows=lambda _: True, revoked=lambda: frozenset(revoked))
+    with (
+        Sockets(security=security) as here,
+        Sockets(security=Security(theirs)) as there,
+        Sockets(security=Security(others)) as elsewhere,
+    ):
+        inlet = here.inlet("tcp://127.0.0.1:*")
+        outlets = [sockets.connect(inlet.address, key=own.public) for sockets in (there, elsewhere)]
+        for outlet in outlets:
+            outlet.send(b"first", [b"tensor"])
+        assert [receive(here, inlet)[0] for _ in range(2)] == [b"first"] * 2
+        revoked.add(theirs.public)
+        for number in range(3):
+            for outlet in outlets:
+                outlet.send(b"%d from %d" % (number, outlets.index(outlet)), [b"tensor", b"tail"])
+        assert [receive(here, inlet)[0] for _ in range(3)] == [b"0 from 1", b"1 from 1", b"2 from 1"]
+        assert inlet.receive(here.wait(0.5)) is None
+
+
 def test_messages_to_a_process_that_refuses_the_key_are_dropped(pairs):
     own, theirs = pairs
     with Sockets(security=Security(own)) as here, Sockets(security=Security(theirs)) as there:
