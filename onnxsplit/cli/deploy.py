@@ -86,7 +86,7 @@ def kubernetes(output: Output, *, plan: Path, out: Path, name: str | None, **val
     loaded = load_plan(plan)
     options = DeployOptions(name=name or name_of(loaded), **values)  # type: ignore[arg-type]  # as declared above
     written = write(loaded, options, out)
-    apply, prune = replace_commands(options.name, written.release, written.overlay)
+    apply, prune = replace_commands(options.name, written.release, written.overlay, written.namespace)
     output.line(f"Wrote {len(written.files)} files to {out}, release {written.release}; keep base/keys secret. Next:")
     output.line(f"  {apply}")
     output.line("Then remove other releases, if there are any:")

@@ -30,11 +30,13 @@ class Written:
         files: The files, without the keys.
         release: The short identity of the plan and its pods.
         overlay: The folder to apply.
+        namespace: The namespace that the overlay names.
     """
 
     files: list[Path]
     release: str
     overlay: Path
+    namespace: str
 
 
 def write(plan: Plan, options: DeployOptions, folder: Path) -> Written:
@@ -82,7 +84,10 @@ def _fill(plan: Plan, options: DeployOptions, draft: Path, folder: Path) -> Writ
                 file.unlink()
     except OSError as error:
         raise PlanError(f"cannot write {folder}: {error.strerror}. Choose another folder with -o DIR") from error
-    return Written([folder / path for path in texts], release, folder / _OVERLAY)
+    overlay = _overlay(draft)
+    return Written(
+        [folder / path for path in texts], release, folder / _OVERLAY, str(overlay.get("namespace", "default"))
+    )
 
 
 def _check_former(folder: Path, options: DeployOptions) -> None:
@@ -98,16 +103,20 @@ def _check_former(folder: Path, options: DeployOptions) -> None:
             f"{folder} holds the manifests of {name!r}, not of {options.name!r}; nothing was touched. For a new plan "
             f"of {name!r}, add --name {name}; else choose another folder with -o DIR"
         )
-    overlay = folder / _OVERLAY / "kustomization.yaml"
-    try:
-        changed = [key for key in _NOT_IN_OVERLAYS if key in (_read(overlay) or ())]
-    except (OSError, UnicodeDecodeError):
-        changed = []
-    if changed:
+    if changed := [key for key in _NOT_IN_OVERLAYS if key in _overlay(folder)]:
         raise InputError(
-            f"{overlay} sets {' and '.join(changed)}, but the image belongs to the release, and autoscalers count the "
-            "replicas; remove that from the overlay. Give the image with --image"
+            f"{folder / _OVERLAY / 'kustomization.yaml'} sets {' and '.join(changed)}, but the image belongs to the "
+            "release, and autoscalers count the replicas; remove that from the overlay. Give the image with --image"
         )
+
+
+def _overlay(folder: Path) -> dict[str, Any]:
+    """The settings of the overlay; empty where the user has moved it or it cannot be read."""
+    try:
+        found = _read(folder / _OVERLAY / "kustomization.yaml")
+    except (OSError, UnicodeDecodeError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _read(file: Path) -> Any:

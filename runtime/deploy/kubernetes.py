@@ -147,15 +147,16 @@ def manifests(
     return release, documents
 
 
-def replace_commands(name: str, release: str, overlay: Path) -> tuple[str, str]:
+def replace_commands(name: str, release: str, overlay: Path, namespace: str) -> tuple[str, str]:
     """The commands that follow ``deploy``: the first applies a release and waits for it, the second removes others."""
+    kubectl = f"kubectl -n {shlex.quote(namespace)}"
     label = "app.kubernetes.io"
     others = f"{label}/name={name},{label}/version,{label}/version!={release}"
     kinds = "statefulsets,horizontalpodautoscalers,poddisruptionbudgets,networkpolicies,services,secrets"
     return (
-        f"kubectl apply -k {shlex.quote(str(overlay))} && kubectl rollout status deployment/{name}-gateway",
-        f"kubectl wait --for=delete pods -l '{others},{label}/component=gateway' --timeout=5m && "
-        f"kubectl delete {kinds} -l '{others}'",
+        f"kubectl apply -k {shlex.quote(str(overlay))} && {kubectl} rollout status deployment/{name}-gateway",
+        f"{kubectl} wait --for=delete pods -l '{others},{label}/component=gateway' --timeout=5m && "
+        f"{kubectl} delete {kinds} -l '{others}'",
     )
 
 

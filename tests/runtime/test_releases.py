@@ -291,10 +291,10 @@ def test_pruning_removes_all_of_other_releases_and_nothing_else(plan, longer, tm
     written = write(longer, ALL, tmp_path / "m")
     objects = {(d["kind"], d["metadata"]["name"]): d for d in kustomized(written.overlay)}
     cluster = {(d["kind"], d["metadata"]["name"]): d for d in former} | objects
-    _, command = replace_commands("reader", written.release, written.overlay)
+    _, command = replace_commands("reader", written.release, written.overlay, written.namespace)
     gone = {key for key, one in cluster.items() if pruned(command, one["metadata"].get("labels", {}))}
     assert gone == cluster.keys() - objects.keys()
-    kinds = re.search(r"kubectl delete (\S+)", command)[1].split(",")
+    kinds = re.search(r"kubectl -n default delete (\S+)", command)[1].split(",")
     assert {f"{kind.lower()}s".replace("policys", "policies") for kind, _ in gone} == set(kinds) - {"secrets"}
     assert Counter(kind for kind, _ in gone)["StatefulSet"] == len(plan.stages)
     other = {NAME: "writer", VERSION: "r0000000", COMPONENT: "node"}
@@ -312,7 +312,10 @@ def test_a_new_plan_in_the_same_folder_keeps_keys_token_and_overlay(plan, longer
     assert {path: path.read_text() for path in before} == before
     assert Keys(keys / "stage-2").pair.public in Keys(keys / "coordinator").allowed
     objects = kustomized(written.overlay)
-    assert {one["metadata"]["namespace"] for one in objects} == {"production"}
+    assert {one["metadata"]["namespace"] for one in objects} == {written.namespace} == {"production"}
+    for one in replace_commands("reader", written.release, written.overlay, written.namespace):
+        words = re.findall(r"kubectl (-n production )?(\w+)", one)
+        assert all(namespace or verb == "apply" for namespace, verb in words), "the overlay says it to apply"
     write(plan, OPTIONS, folder)
     files = {path.name for path in (folder / "base").glob("*.yaml")}
     assert files == {"gateway.yaml", "stage-0.yaml", "stage-1.yaml", "kustomization.yaml"}
