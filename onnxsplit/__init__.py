@@ -18,6 +18,7 @@ Cut and check:
 Run:
     Pipeline        a running plan: launch, open, from_model; run, arun, map, amap, generate
     RunOptions      the options of a run
+    ReplicaRange    a number of nodes of a stage that the load decides
     RayLauncher     starts the nodes on a Ray cluster
     to_torch        outputs as PyTorch tensors, without a copy
     Generation, Generated, GenerateOptions
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from onnxsplit.planning.planner import partition
     from onnxsplit.stages.merge import merge
     from onnxsplit.stages.verify import verify
+    from runtime.balance.replicas import ReplicaRange
     from runtime.errors import (
         Busy,
         Cancelled,
@@ -90,6 +92,7 @@ _HOMES = {
     "onnxsplit.stages.merge": ("merge",),
     "runtime.pipeline": ("Pipeline",),
     "runtime.options": ("RunOptions",),
+    "runtime.balance.replicas": ("ReplicaRange",),
     "runtime.timings": ("Timings",),
     "runtime.launch.ray": ("RayLauncher",),
     "runtime.torch_tensors": ("to_torch",),
@@ -125,8 +128,8 @@ _HOMES = {
 
 __all__ = [  # the same names, for type checkers and editors
     "partition", "load_plan", "verify", "merge", "Plan", "PlanCache",
-    "Pipeline", "RunOptions", "Timings", "RayLauncher", "to_torch", "Generation", "Generated", "GenerateOptions",
-    "service", "endpoint", "Models", "ServiceModel",
+    "Pipeline", "RunOptions", "ReplicaRange", "Timings", "RayLauncher", "to_torch", "Generation", "Generated",
+    "GenerateOptions", "service", "endpoint", "Models", "ServiceModel",
     "OnnxsplitError", "InputError", "ModelError", "ModelRefused", "CustomOpsError", "PartitionError", "PlanError",
     "ClusterError", "ProviderError", "ExportError", "MissingDependency",
     "PipelineError", "LaunchFailed", "Busy", "DeadlineExceeded", "Cancelled", "StageFailed", "NotSeparable",

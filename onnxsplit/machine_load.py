@@ -40,6 +40,16 @@ class CpuTimes:
         return min(1.0, max(0.0, part_s / total_s)) if total_s > 0 else 0.0
 
 
+def process_cpu_s(pid: int) -> float:
+    """The processor time that a process has used so far, in seconds; 0 when it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # the name may have spaces
+    except OSError:
+        return 0.0
+    user, system = fields[11:13]  # of fields that are counted from 3
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
 def cpu_times() -> CpuTimes:
     """The times until now; all are 0 where the system does not tell them."""
     try:

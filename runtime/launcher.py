@@ -9,6 +9,9 @@ from typing import Any, Protocol
 
 from runtime.wire.security import Security
 
+PROCESS_BYTES = 256 << 20
+"""Memory of a node in addition to its stage: Python and ONNX Runtime."""
+
 
 @dataclass(frozen=True)
 class Rendezvous:

@@ -12,6 +12,7 @@ from onnxsplit.plan import Plan
 from onnxsplit.plan_decoder import Decoder
 from onnxsplit.plan_files import plan_id, read_plan_file
 from onnxsplit.providers import providers_by_stage
+from runtime.balance.replicas import first_range
 from runtime.coordinator.sequence_limits import SequenceLimits, sequence_limits
 from runtime.coordinator.setup import Setup
 from runtime.home import private_folder
@@ -102,18 +103,20 @@ def setup_of(
         start_timeout_s: time for all nodes to become ready; None waits for ever.
     """
     planned = [stage.provider for stage in plan.stages]
-    provider, replicas = options.provider, options.counts(plan)
+    provider, ranges = options.provider, options.ranges(plan)
     return Setup(
         folder=folder,
         plan=plan,
         plan_id=plan_id(read_plan_file(folder)),
-        replicas=replicas,
+        ranges=ranges,
+        scale_up_after_s=options.scale_up_after,
+        scale_down_after_s=options.scale_down_after,
         providers=tuple(planned) if provider is None else providers_by_stage(provider, len(planned), default=planned),
         threads=threads,
         trace=options.trace,
         profile=options.trace_ops,
         share_weights=tuple(
-            count > 1 if options.share_weights is None else options.share_weights for count in replicas
+            each.most > 1 if options.share_weights is None else options.share_weights for each in ranges
         ),
         balance=options.balance,
         attempts=options.attempts,
@@ -134,7 +137,7 @@ def limits_of(plan: Plan, options: RunOptions) -> SequenceLimits | None:
     Raises:
         InputError: the model has fewer positions than the options ask for, or there is no room for such a sequence.
     """
-    decoder, replicas = plan.decoder, options.counts(plan)
+    decoder, replicas = plan.decoder, options.most_counts(plan)
     if decoder is None:
         return None
     cache_bytes = options.cache_bytes or memory_for_requests_bytes() // max(1, sum(replicas))
@@ -184,6 +187,23 @@ def custom_ops_of(plan: Plan, options: RunOptions) -> dict[int, tuple[str, ...]]
     check_wanted(given, (plan,))
     stages = [stage.index for stage in plan.stages if stage.custom_ops]
     return {stage: tuple(library.path for library in needed_libraries(given, plan, stage)) for stage in stages}
+
+
+def refuse_ranges(options: RunOptions, how: str) -> None:
+    """Refuse ranges of replicas for nodes that do not share this host.
+
+    Args:
+        options: how to run a plan.
+        how: what scales such nodes instead.
+
+    Raises:
+        InputError: a stage has a range.
+    """
+    if (wanted := first_range(options.replicas)) is not None:
+        raise InputError(
+            f"replicas {wanted} are a range, within which only nodes that this process starts on this host come and "
+            f"go by load; give a number. {how}"
+        )
 
 
 def refuse_custom_ops(options: RunOptions, receiver: str, how: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypedDict
 
 from onnxsplit.arguments import check_names, option_names
 from onnxsplit.cluster import parse_size
-from onnxsplit.errors import InputError, PlanError, shown
+from onnxsplit.errors import InputError, shown
 from onnxsplit.memory import free_memory_bytes
 from onnxsplit.numbers import (
     MOST_ATTEMPTS,
@@ -23,9 +23,10 @@ from onnxsplit.numbers import (
     whole_problem,
 )
 from onnxsplit.plan import Plan
-from onnxsplit.plan_base import MOST_NODES, MOST_THREADS
+from onnxsplit.plan_base import MOST_THREADS
 from onnxsplit.plan_decoder import MOST_LENGTH
 from runtime.balance.board import PEERS
+from runtime.balance.replicas import ReplicaRange, Replicas, replica_ranges
 from runtime.timings import Timings, timings
 from runtime.wire.messages.control import POLICIES, Policy
 from runtime.wire.messages.sequences import MOST_NEW_TOKENS, MOST_ROWS
@@ -63,7 +64,9 @@ def _ignore_progress(_ready: int, _total: int) -> None:
 class RunArguments(TypedDict, total=False):
     """The attributes of :class:`RunOptions`, for editors and type checkers."""
 
-    replicas: int | Mapping[int, int] | None
+    replicas: Replicas
+    scale_up_after: float
+    scale_down_after: float
     mode: Mode
     provider: str | None
     threads: int | None
@@ -100,7 +103,10 @@ class RunOptions:
 
     Attributes:
         replicas: the number of nodes of every stage, or a number for each stage by its index. When None, the plan's
-            numbers.
+            numbers. A :class:`~runtime.balance.replicas.ReplicaRange` in place of a number lets the load decide, for
+            nodes that are started on this host; see docs/running.md.
+        scale_up_after: seconds for which a stage with a range must be busy before it gets another node.
+        scale_down_after: seconds for which it must have had a node too many before it loses one.
         mode: ``async`` keeps requests in flight in every stage; ``sync`` has one request in the pipeline at a time.
         provider: the execution provider, as for ``--provider``. When None, the plan's.
         threads: threads of every node's session. When None, the cores of this host divided by the nodes that are
@@ -150,7 +156,9 @@ class RunOptions:
             need the room. The tokens are the same.
     """
 
-    replicas: int | Mapping[int, int] | None = None
+    replicas: Replicas = None
+    scale_up_after: float = 3.0
+    scale_down_after: float = 30.0
     mode: Mode = "async"
     provider: str | None = None
     threads: int | None = None
@@ -238,8 +246,9 @@ class RunOptions:
             for name, (least, most) in _WHOLE.items()
             if getattr(self, name) is not None or name in _ALWAYS
         ]
-        if self.start_timeout is not None:
-            problems.append(real_problem("start_timeout", self.start_timeout, MOST_SECONDS))
+        for name in ("start_timeout", "scale_up_after", "scale_down_after"):
+            if (seconds := getattr(self, name)) is not None or name != "start_timeout":
+                problems.append(real_problem(name, seconds, MOST_SECONDS))
         if self.ports is not None and not (
             isinstance(self.ports, list | tuple) and len(self.ports) == 2 and self.ports[0] != self.ports[1]
         ):
@@ -251,33 +260,21 @@ class RunOptions:
             raise InputError("; ".join(violations))
         timings(asdict(self.timings))
 
-    def counts(self, plan: Plan) -> tuple[int, ...]:
-        """The number of nodes of every stage.
+    def ranges(self, plan: Plan) -> tuple[ReplicaRange, ...]:
+        """The allowed numbers of nodes of every stage; see :func:`~runtime.balance.replicas.replica_ranges`.
 
         Raises:
-            PlanError: replicas of a stage that the plan does not have.
-            InputError: a number of replicas is not a whole number, is below one, or there are more nodes than a
-                pipeline can have.
+            PlanError, InputError: as for that function.
         """
-        counts = {stage.index: stage.replicas for stage in plan.stages}
-        if isinstance(self.replicas, Mapping):
-            unknown = [stage for stage in self.replicas if stage not in counts]
-            if unknown:
-                raise PlanError(
-                    f"replicas for stage {shown(unknown[0])}; the plan has the stages 0 to {len(counts) - 1}"
-                )
-            counts.update(self.replicas)
-        elif self.replicas is not None:
-            counts = dict.fromkeys(counts, self.replicas)
-        for stage, count in counts.items():
-            problem = whole_problem(f"replicas of stage {stage}", count, 1, MOST_NODES)
-            if problem:
-                raise InputError(problem)
-        if sum(counts.values()) > MOST_NODES:
-            raise InputError(
-                f"the stages have {sum(counts.values())} replicas together; at most {MOST_NODES} nodes make a pipeline"
-            )
-        return tuple(int(counts[stage]) for stage in sorted(counts))
+        return replica_ranges(self.replicas, [stage.replicas for stage in plan.stages])
+
+    def counts(self, plan: Plan) -> tuple[int, ...]:
+        """The number of nodes of every stage at the start. Raises as :meth:`ranges`."""
+        return tuple(each.least for each in self.ranges(plan))
+
+    def most_counts(self, plan: Plan) -> tuple[int, ...]:
+        """The largest number of nodes of every stage. Raises as :meth:`ranges`."""
+        return tuple(each.most for each in self.ranges(plan))
 
 
 def enough_inflight(plan: Plan, replicas: Sequence[int], *, batches: int = 1) -> int:
@@ -300,13 +297,19 @@ def memory_for_requests_bytes() -> int:
     return max(64 << 20, free_memory_bytes() // _SHARE_OF_MEMORY)
 
 
-def check_scale(plan: Plan, stage: object, replicas: object) -> None:
+def check_scale(ranges: Sequence[ReplicaRange], stage: object, replicas: object) -> None:
     """Check a stage and its new number of nodes.
+
+    Args:
+        ranges: the allowed numbers of nodes of every stage. A fixed number was only that of the start.
+        stage: the index of the stage.
+        replicas: its number of nodes.
 
     Raises:
         InputError: the plan has no such stage, or the number is not allowed.
     """
-    if not is_whole(stage) or not 0 <= stage < len(plan.stages):
-        raise InputError(f"stage {shown(stage)} is unknown; the plan has the stages 0 to {len(plan.stages) - 1}")
-    if not is_whole(replicas) or not 1 <= replicas < PEERS:
-        raise InputError(f"stage {stage} needs from 1 to {PEERS - 1} replicas, not {shown(replicas)}")
+    if not is_whole(stage) or not 0 <= stage < len(ranges):
+        raise InputError(f"stage {shown(stage)} is unknown; the plan has the stages 0 to {len(ranges) - 1}")
+    allowed = ReplicaRange(least=1, most=PEERS - 1) if ranges[stage].is_fixed else ranges[stage]
+    if not is_whole(replicas) or not allowed.least <= replicas <= allowed.most:
+        raise InputError(f"stage {stage} needs from {allowed.least} to {allowed.most} replicas, not {shown(replicas)}")

@@ -383,10 +383,11 @@ class Pipeline(PipelineStatus):
     def scale(self, stage: int, replicas: int) -> None:
         """Set the number of a stage's nodes while requests continue.
 
-        New nodes take requests as soon as they are ready. Nodes no longer needed finish their requests and end.
+        New nodes take requests as soon as they are ready. Nodes no longer needed finish their requests and end: those
+        that are not ready yet first, then the newest. Where the stage has a range, the load goes on from this number.
 
         Raises:
-            InputError: there is no such stage, or it would have no node.
+            InputError: there is no such stage, it would have no node, or the number is outside its range.
         """
-        check_scale(self.plan, stage, replicas)
+        check_scale(self._coordinator.ranges, stage, replicas)
         self._coordinator.scale(int(stage), int(replicas))

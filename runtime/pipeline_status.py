@@ -10,7 +10,7 @@ from onnxsplit.drawing.stages import StageBox, drawing_of
 from onnxsplit.plan import Plan
 from runtime.coordinator.loop import Coordinator
 from runtime.coordinator.node_record import Incident
-from runtime.coordinator.status import NodeInfo, SequenceStats
+from runtime.coordinator.status import NodeInfo, SequenceStats, StageReplicas
 from runtime.node_table import NodeTable
 from runtime.requests.admission import Admission
 from runtime.requests.entrance import Entrance
@@ -94,6 +94,11 @@ class PipelineStatus:
     def stats(self) -> NodeTable:
         """Counts and times per stage and replica, since the pipeline was launched."""
         return NodeTable(self._coordinator.stats())
+
+    @property
+    def replicas(self) -> tuple[StageReplicas, ...]:
+        """The number of nodes of every stage: now, and the least and the most that the load may make of it."""
+        return self._coordinator.replicas()
 
     @property
     def sequences(self) -> SequenceStats | None:

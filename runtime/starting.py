@@ -20,7 +20,15 @@ from runtime.descriptors import require_descriptors
 from runtime.errors import LaunchFailed
 from runtime.launch.local import LocalLauncher
 from runtime.launcher import Launcher
-from runtime.launching import custom_ops_of, meeting_point, plan_folder, refuse_custom_ops, security_of, setup_of
+from runtime.launching import (
+    custom_ops_of,
+    meeting_point,
+    plan_folder,
+    refuse_custom_ops,
+    refuse_ranges,
+    security_of,
+    setup_of,
+)
 from runtime.options import RunOptions, enough_inflight, memory_for_requests_bytes
 from runtime.requests.admission import Admission
 from runtime.requests.checks import RequestCheck
@@ -71,7 +79,7 @@ def launch_nodes(plan: str | Path, launcher: Launcher | None, options: Mapping[s
     try:
         folder, wanted = plan_folder(plan), RunOptions.of(options)
         loaded = load_plan(folder)
-        nodes = sum(wanted.counts(loaded))
+        nodes = sum(wanted.most_counts(loaded))
         require_descriptors(_NODE_DESCRIPTORS * nodes, f"a pipeline of {nodes} nodes")
         memory_bytes = wanted.inflight_bytes or memory_for_requests_bytes()
         if launcher is None:
@@ -80,6 +88,8 @@ def launch_nodes(plan: str | Path, launcher: Launcher | None, options: Mapping[s
         else:
             refuse_custom_ops(wanted, "the launcher that starts the nodes", "RayLauncher(custom_ops=[...])")
         shares_cores = launcher.rendezvous.single_host
+        if not shares_cores:
+            refuse_ranges(wanted, "With this launcher, Pipeline.scale changes it while requests go on")
         setup = setup_of(
             folder,
             loaded,
@@ -100,6 +110,7 @@ def launch_nodes(plan: str | Path, launcher: Launcher | None, options: Mapping[s
 def wait_for_nodes(plan: str | Path, bind: str, options: Mapping[str, Any]) -> PreparedPipeline:
     """Prepare a pipeline whose nodes are started by hand; see :meth:`runtime.pipeline.Pipeline.listen`."""
     wanted = RunOptions.of(options)
+    refuse_ranges(wanted, "Nodes that are started by hand come and go with elastic=True")
     refuse_custom_ops(wanted, "each node that is started by hand", "onnxsplit node --custom-ops FILE.so")
     security, keys = security_of(bind, wanted)
     folder = plan_folder(plan)
@@ -126,7 +137,7 @@ def wait_for_nodes(plan: str | Path, bind: str, options: Mapping[str, Any]) -> P
 def _started(setup: Setup, options: RunOptions, memory_bytes: int) -> PreparedPipeline:
     plan = setup.plan
     rows = batch_size(plan) if options.micro_batch is None else options.micro_batch
-    enough = enough_inflight(plan, setup.replicas, batches=max(1, rows // batch_size(plan)))
+    enough = enough_inflight(plan, options.most_counts(plan), batches=max(1, rows // batch_size(plan)))
     inflight = 1 if options.mode == "sync" else options.inflight or enough
     group = 1 if options.inflight else max(1, inflight // _GROUPS)
     check, admission = RequestCheck(setup.folder, plan, rows), Admission(inflight, memory_bytes, group)

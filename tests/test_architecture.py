@@ -116,6 +116,7 @@ PURE = [
         "runtime.gateway.telemetry.history",
         "runtime.gateway.telemetry.timeline",
     ),
+    *("runtime.balance.replicas", "runtime.balance.autoscale"),
     *("runtime.balance.policies", "runtime.balance.router", "runtime.memory.extents", "runtime.requests.normalize"),
     *("runtime.requests.arrays", "onnxsplit.plan_summary", "onnxsplit.plan_verdict", "onnxsplit.arguments"),
     *(

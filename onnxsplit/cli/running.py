@@ -22,9 +22,10 @@ from onnxsplit.cli.help import (
 )
 from onnxsplit.cli.model_options import custom_ops_option, threads_option
 from onnxsplit.cli.output import Output
-from onnxsplit.cli.values import SizeParam
+from onnxsplit.cli.values import NumberParam, SizeParam
 from onnxsplit.numbers import MOST_ATTEMPTS, MOST_INFLIGHT, MOST_SECONDS, MOST_SIZE, parse_whole, real_problem
 from onnxsplit.plan_base import MOST_NODES
+from runtime.balance.replicas import ReplicaRange, Replicas
 from runtime.wire.messages.sequences import MOST_NEW_TOKENS, MOST_ROWS
 
 if TYPE_CHECKING:
@@ -58,15 +59,13 @@ def parameter_names(*tables: OptionTable) -> list[str]:
     return [names[-1].lstrip("-").replace("-", "_") for table in tables for names, _ in table]
 
 
-def _replicas(
-    context: click.Context, parameter: click.Parameter, texts: tuple[str, ...]
-) -> int | dict[int, int] | None:
-    counts: dict[int, int] = {}
+def _replicas(context: click.Context, parameter: click.Parameter, texts: tuple[str, ...]) -> Replicas:
+    counts: dict[int, int | ReplicaRange] = {}
     for text in texts:
         stage, equals, count = text.rpartition("=")
-        number, index = parse_whole(count, MOST_NODES), parse_whole(stage, MOST_NODES - 1)
-        if not number or (equals and index is None):
-            allowed = f"neither N nor STAGE=N with N from 1 to {MOST_NODES}"
+        number, index = _count(count), parse_whole(stage, MOST_NODES - 1)
+        if number is None or (equals and index is None):
+            allowed = f"neither N nor STAGE=N, with N from 1 to {MOST_NODES} or a range of such numbers, as 1:4"
             raise click.BadParameter(f"{text!r} is {allowed}", context, parameter)
         if not equals and len(texts) > 1:
             raise click.BadParameter(f"{text!r} is for all stages; give it alone", context, parameter)
@@ -74,6 +73,15 @@ def _replicas(
             return number
         counts[index] = number
     return counts or None
+
+
+def _count(text: str) -> int | ReplicaRange | None:
+    """A number of replicas or a range, as ``2`` or ``1:4``; None if the text is neither."""
+    ends = [parse_whole(part, MOST_NODES) for part in text.split(":", 1)]
+    if ":" not in text:
+        return ends[0] or None
+    least, most = ends
+    return ReplicaRange(least=least, most=most) if least and most and least <= most else None
 
 
 def _timings(context: click.Context, parameter: click.Parameter, texts: tuple[str, ...]) -> dict[str, float]:
@@ -104,7 +112,26 @@ _NODES: OptionTable = [
             "multiple": True,
             "metavar": "N|STAGE=N",
             "callback": _replicas,
-            "help": "Number of nodes of every stage, or of one stage. Repeatable. Default: the plan's.",
+            "help": "Number of nodes of every stage, or of one stage. With a range such as 1:4, the load decides, for "
+            "nodes that are started on this host. Repeatable. Default: the plan's.",
+        },
+    ),
+    (
+        ("--scale-up-after",),
+        {
+            "type": NumberParam(0.001, MOST_SECONDS),
+            "default": 3.0,
+            "metavar": "SECONDS",
+            "help": "With a range of --replicas: how long a stage must be busy before it gets another node.",
+        },
+    ),
+    (
+        ("--scale-down-after",),
+        {
+            "type": NumberParam(0.001, MOST_SECONDS),
+            "default": 30.0,
+            "metavar": "SECONDS",
+            "help": "With a range of --replicas: how long a stage must have had a node too many before it loses one.",
         },
     ),
     (

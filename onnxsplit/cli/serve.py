@@ -31,6 +31,7 @@ from onnxsplit.cli.serve_options import ACCESS, ADDRESSES, FILE, NODE_SOURCE, OT
 from onnxsplit.cli.settings import different
 
 if TYPE_CHECKING:
+    from runtime.balance.replicas import Replicas
     from runtime.gateway.models.repository import StartPipeline
     from runtime.gateway.models.version import Version
     from runtime.gateway.serve_options import ServeOptions
@@ -66,6 +67,23 @@ class _NodeSource:
             from runtime.wire.security import Security, check_address
 
             check_address(self.bind, Security(insecure=True))  # only its form: it is checked again with the keys
+
+    def check_replicas(self, replicas: Replicas) -> None:
+        """Refuse a range of replicas for nodes that are not started on this host."""
+        from runtime.balance.replicas import first_range
+
+        wanted = first_range(replicas)
+        if wanted is None or self.launcher == "local":
+            return
+        others = {
+            "ray": "A pipeline on Ray has a fixed number of nodes, and Ray's autoscaler adds hosts for them",
+            "none": "Nodes that are started by hand come and go with --elastic; on Kubernetes, the autoscalers that "
+            "onnxsplit deploy kubernetes writes start and end them",
+        }
+        raise click.UsageError(
+            f"--replicas {wanted} lets the load decide, which is for --launcher local; give a number. "
+            + others[self.launcher]
+        )
 
     def check_hosts(self, versions: list[Version], *, chosen: bool) -> None:
         """Refuse to start the nodes of other hosts here, unless the launcher was chosen."""
@@ -166,6 +184,7 @@ def command(output: Output, *, plans: tuple[Path, ...], **values: Any) -> None:
     nodes = _NodeSource(
         **{name: values.pop(name) for name in parameter_names(NODE_SOURCE)}, custom_ops=values["custom_ops"]
     )
+    nodes.check_replicas(values["replicas"])
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # nodes are started by exec, not by fork
     try:
         from runtime.gateway.server import serve
@@ -247,7 +266,8 @@ def _share_host(options: dict[str, Any], versions: list[Version]) -> None:
     from onnxsplit.session import threads_per_node
     from runtime.options import RunOptions, memory_for_requests_bytes
 
-    nodes = sum(sum(RunOptions(replicas=options["replicas"]).counts(version.plan)) for version in versions)
+    wanted = RunOptions(replicas=options["replicas"])
+    nodes = sum(sum(wanted.most_counts(version.plan)) for version in versions)
     options["threads"] = options["threads"] or threads_per_node(nodes)
     options["inflight_bytes"] = options["inflight_bytes"] or memory_for_requests_bytes() // len(versions)
     options["cache_bytes"] = options["cache_bytes"] or memory_for_requests_bytes() // nodes

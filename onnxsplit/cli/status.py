@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 _BETWEEN_S = 0.5
 _COLUMNS = (
-    *("node", "stage", "host", "process", "device", "state"),
+    *("node", "stage", "replicas", "host", "process", "device", "state"),
     *("requests/s", "p99", "queue", "failures", "restarts"),
 )
 _LEFT = ("host", "process", "device", "state")
 _MAY_GO = (  # node names the stage, too
     *("stage", "process", "queue", "host", "device"),
-    *("restarts", "p99", "failures", "requests/s", "state"),
+    *("replicas", "restarts", "p99", "failures", "requests/s", "state"),
 )
 
 
@@ -102,6 +102,7 @@ def _rows(before: Snapshot | None, now: Snapshot) -> list[tuple[Cell, ...]]:
 
     earlier = {(n.stage, n.replica): n for n in before.nodes} if before is not None else {}
     seconds = max(1e-9, (now.taken_ns - before.taken_ns) / 1e9) if before is not None else 1.0
+    replicas = {each.stage: str(each) for each in now.stages}
     rows: list[tuple[Cell, ...]] = []
     for node in now.nodes:
         old = earlier.get((node.stage, node.replica))
@@ -111,6 +112,7 @@ def _rows(before: Snapshot | None, now: Snapshot) -> list[tuple[Cell, ...]]:
             (
                 f"{node.stage}.{node.replica}",
                 f"{node.stage}",
+                replicas.get(node.stage, "-"),
                 node.host or "-",
                 f"{node.pid or '-'}",
                 node.provider + (f" ({left} ops on the CPU)" if left else ""),

@@ -158,11 +158,16 @@ class TimedOut(Struct, frozen=True):
 
 
 class Scaled(Struct, frozen=True):
-    """The caller wants this number of replicas of a stage from now on."""
+    """A stage is to have this number of replicas from now on.
+
+    A ``tentative`` replica that does not become ready is given up: its slot is removed, and none is started in its
+    place. Once it is ready, it is a replica like any other.
+    """
 
     stage: int
     replicas: int
     now_ns: int
+    tentative: bool = False
 
 
 class DrainAsked(Struct, frozen=True):

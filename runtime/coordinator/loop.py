@@ -22,8 +22,6 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-from msgspec.structs import replace
-
 from runtime.balance.router import Router
 from runtime.coordinator.data_links import DataLinks
 from runtime.coordinator.events import CloseAsked, CoordinatorEvent, DrainAsked, Expired, Lost, Prepared, Scaled, Tick
@@ -36,6 +34,7 @@ from runtime.coordinator.node_record import Incident, Phase
 from runtime.coordinator.pipeline_phase import PipelinePhase
 from runtime.coordinator.request_io import RequestIO
 from runtime.coordinator.results import ResultTaker
+from runtime.coordinator.scaling import LoadScaling
 from runtime.coordinator.setup import Channels, Setup, open_channels
 from runtime.coordinator.state import CoordinatorState
 from runtime.coordinator.status import (
@@ -43,9 +42,12 @@ from runtime.coordinator.status import (
     NodeStats,
     SequenceStats,
     Snapshot,
+    StageReplicas,
     node_infos,
     node_stats,
     sequence_stats,
+    snapshot,
+    stage_replicas,
 )
 from runtime.errors import LaunchFailed, PipelineClosed, PipelineError
 from runtime.home import hold, sweep
@@ -68,11 +70,13 @@ class Coordinator:
         requests: accepts requests and delivers their answers.
         profiles: the profiles of the nodes' sessions, by slot; filled when the coordinator closes, if requested.
         limits: the limits of sequences; None where the plan has no decoder.
+        ranges: the allowed numbers of nodes of every stage.
     """
 
     def __init__(self, setup: Setup) -> None:
         self.profiles: dict[ReplicaKey, list[dict[str, Any]]] = {}
         self.limits = setup.sequences
+        self.ranges = setup.ranges
         self._setup = setup
         self._inbox = Inbox()
         self._payloads = Payloads(setup.memory_bytes)
@@ -99,6 +103,7 @@ class Coordinator:
         )
         self._detector = FailureDetector(setup.timings)
         self._control: NodeController | None = None
+        self._scaling: LoadScaling | None = None
         self._results: ResultTaker | None = None
         self._turned_s = math.inf  # when the thread last monitored its nodes; infinite before the first time
         self._held: int | None = None
@@ -161,6 +166,11 @@ class Coordinator:
         """Statistics of the sequences so far; None where the plan has no decoder."""
         with self.requests.lock:
             return sequence_stats(self._machine.sequences)
+
+    def replicas(self) -> tuple[StageReplicas, ...]:
+        """The number of nodes of every stage."""
+        with self.requests.lock:
+            return stage_replicas(self._machine.roster, self.ranges)
 
     def _stats(self) -> tuple[NodeStats, ...]:
         queues = {} if self.requests.ended else self._links.queues()
@@ -232,6 +242,8 @@ class Coordinator:
             self.requests, links, machine, self._payloads, self._router, self._inbox, channels.results, channels.data
         )
         self._control, self._results = control, taker
+        if self._setup.scales:
+            self._scaling = LoadScaling(self._setup, machine, links, self.requests.lock, control.handles)
         machine.links.data_address = channels.data.address
         channels.sockets.watch(self._inbox.wakeup.fileno())
         channels.sockets.watch(channels.status.fileno())
@@ -260,6 +272,8 @@ class Coordinator:
                     self._detector.excuse(int(late * 1e9))
                 next_beat = now + beat_s
                 events += monitor.beat(self.requests.beat, now - begun)
+                if self._scaling is not None:
+                    events += self._scaling.look(time.monotonic_ns())
                 if self._payloads.lanes.waiting:  # an event loop does not look by itself, if a doorbell was lost
                     self.requests.wakeup.ring()
             with self.requests.lock:
@@ -294,9 +308,11 @@ class Coordinator:
 
     def _handle(self, event: CoordinatorEvent, control: NodeController) -> None:
         roster = self._machine.roster
+        if self._scaling is not None:
+            self._scaling.note(event)
         if isinstance(event, Lost):
             self._detector.end(event.number)
-            if (node := roster.by_number(event.number)) is not None:
+            if (node := roster.by_number(event.number)) is not None and not node.is_tentative:
                 stage, replica = node.slot
                 level = logging.INFO if node.released else logging.WARNING
                 log_event(_log, level, "node lost", stage=stage, replica=replica, reason=event.reason)
@@ -330,22 +346,8 @@ class Coordinator:
 
     def _snapshot(self) -> Snapshot:
         with self.requests.lock:
-            machine, roster = self._machine, self._machine.roster
-            causes = [*machine.links.stories.values(), *(incident.story for incident in roster.incidents)]
-            return Snapshot(
-                plan=str(self._setup.folder.resolve()),
-                pid=os.getpid(),
-                state=machine.state.name.lower(),
-                taken_ns=time.monotonic_ns(),
-                requests=self.requests.count,
-                in_flight=len(machine.requests),
-                waiting=machine.requests.waiting,
-                retries=machine.requests.retries,
-                losses=roster.losses,
-                cause=causes[0] if causes else "",
-                nodes=tuple(replace(node, times={}) for node in self._stats()),
-                sequences=sequence_stats(machine.sequences),
-            )
+            folder, count = self._setup.folder, self.requests.count
+            return snapshot(folder, self._machine, count, self._stats(), self.ranges, time.monotonic_ns())
 
     def _finish(self, failure: BaseException | None) -> None:
         """Answer all requests and resolve all futures, even if a step fails."""

@@ -91,7 +91,7 @@ class NodeMonitor:
             self._channels.control.send(identity, codec.encode(Stop(told, "rejoin")))
             return []
         self._reach.seen(node.number, beat.unreachable, now_ns)
-        node.sequences, node.state_bytes = beat.sequences, beat.state_bytes
+        node.sequences, node.state_bytes, node.running_ns = beat.sequences, beat.state_bytes, beat.running_ns
         verdict = self._detector.heard(node.number, beat, now_ns)
         if verdict is not None:
             control.take_for_dead({node.number: verdict})

@@ -23,6 +23,7 @@ from enum import Enum
 from msgspec import Struct
 
 from runtime.coordinator.counters import NodeCounters
+from runtime.timings import Timings
 from runtime.topology import ReplicaKey
 from runtime.transition_table import Machine
 from runtime.wire.messages.control import Hello
@@ -92,6 +93,8 @@ class NodeRecord:
         released: whether it was told to end because nothing can reach it any more.
         sequences: the number of sequences whose states it held when it last said so.
         state_bytes: the bytes of those states.
+        running_ns: how long its present run had lasted when it last said so; 0 without one, and once it is answered.
+        is_tentative: whether it is given up, and not started again, if it does not become ready.
         why_unguided: why no sequence can follow a grammar on it; empty if it can, or has not said.
         left_to_cpu: ops that its provider left to the CPU: their number by op type.
     """
@@ -115,6 +118,8 @@ class NodeRecord:
     released: bool = False
     sequences: int = 0
     state_bytes: int = 0
+    running_ns: int = 0
+    is_tentative: bool = False
     why_unguided: str = ""
     left_to_cpu: Mapping[str, int] = field(default_factory=dict)
 
@@ -127,6 +132,27 @@ class NodeRecord:
     def is_absent(self) -> bool:
         """Whether the slot has no process, and one is to be started at its due time."""
         return self.phase in (Phase.BACKOFF, Phase.OPEN)
+
+    def fail(self, reason: str, now_ns: int, timings: Timings, *, served: bool) -> None:
+        """The process was lost: wait a while before the next one, and longer after many losses in a row.
+
+        Args:
+            reason: what happened, in words that follow the node's name.
+            now_ns: the time.
+            timings: when to start it again.
+            served: whether it had served for long, so that earlier losses do not count.
+        """
+        self.counters.restarts += 1
+        self.failed_in_row = 1 if served else self.failed_in_row + 1
+        self.reason, self.number, self.running_ns = reason, -1, 0
+        if self.failed_in_row >= timings.circuit_failures:
+            self.machine.go(NodeChange.TRIP)
+            wait_s = timings.circuit_s
+        else:
+            self.machine.go(NodeChange.LOSE)
+            again = self.failed_in_row - 2  # the first restart comes at once
+            wait_s = min(timings.backoff_s * 2**again, timings.backoff_most_s) if again >= 0 else 0.0
+        self.due_ns = now_ns + int(wait_s * 1e9)
 
     @property
     def called(self) -> str:

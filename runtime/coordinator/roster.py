@@ -47,6 +47,7 @@ class Roster:
         dead_ends: the numbers of nodes whose requests cannot get back to the caller; they take none while others do.
         incidents: the lost nodes and dead links, oldest first.
         losses: the number of nodes that were lost.
+        planned: the number of nodes that every stage is to have.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class Roster:
         self._hosts = hosts or {}
         self._elastic = elastic
         self._process_numbers = process_numbers
-        self._planned = list(replicas)
+        self.planned = list(replicas)
         self._last_number = 0
         self._own_readers: tuple[int, ...] = ()
         self._served: frozenset[int] | None = None  # computed again when a node joins or leaves
@@ -221,9 +222,9 @@ class Roster:
                 f"the node speaks protocol {hello.protocol}, the coordinator {PROTOCOL}: install the same version",
                 "refused",
             )
-        if hello.stage >= len(self._planned):
+        if hello.stage >= len(self.planned):
             return Refusal(
-                f"the node wants stage {hello.stage}, and the plan has the stages 0 to {len(self._planned) - 1}",
+                f"the node wants stage {hello.stage}, and the plan has the stages 0 to {len(self.planned) - 1}",
                 "refused",
             )
         if self.by_identity(identity) is not None:
@@ -236,7 +237,7 @@ class Roster:
             and hello.stage in (-1, stage)
             and hello.replica in (-1, replica)
         ]
-        if is_open and not free and self._elastic and 0 <= hello.stage < len(self._planned):
+        if is_open and not free and self._elastic and 0 <= hello.stage < len(self.planned):
             free = self._extended(hello.stage, now_ns)
         if not is_open or not free:
             wish = f"stage {hello.stage}" if hello.stage >= 0 else "any stage"
@@ -268,7 +269,7 @@ class Roster:
 
     def _surplus(self, stage: int) -> bool:
         """True when a stage has more slots than the requested replicas, because additional nodes have joined."""
-        return self._elastic and sum(slot[0] == stage for slot in self.nodes) > self._planned[stage]
+        return self._elastic and sum(slot[0] == stage for slot in self.nodes) > self.planned[stage]
 
     def introduced(self, *, everyone: bool) -> tuple[bytes, ...]:
         """Identities of the nodes to be told about a change; with ``everyone``, also of nodes told nothing yet."""
@@ -282,7 +283,7 @@ class Roster:
         """Record that a node has opened its links. Returns True when the node is new."""
         is_new = node.phase is Phase.LOADING
         node.machine.go(NodeChange.PREPARE)
-        node.mapped = frozenset(mapped)
+        node.mapped, node.is_tentative = frozenset(mapped), False
         if is_new:
             node.ready_ns = now_ns
             self._served = None
@@ -321,6 +322,7 @@ class Roster:
         node = self.nodes.get((visit.stage, visit.replica))
         if node is not None:
             node.requests += 1
+            node.running_ns = 0
 
     # Nodes that leave
 
@@ -338,24 +340,13 @@ class Roster:
             now_ns - node.ready_ns > self._timings.settled_s * 1e9 or node.requests >= _SETTLED_REQUESTS
         )
         self._note(node, reason, now_ns)
-        if self._surplus(node.slot[0]):
+        if self._surplus(node.slot[0]) or node.is_tentative:
+            self.planned[node.slot[0]] -= node.is_tentative
             node.machine.go(NodeChange.END)
             node.number = -1
             del self.nodes[node.slot]
             return []
-        node.counters.restarts += 1
-        node.failed_in_row = 1 if served else node.failed_in_row + 1
-        node.reason = reason
-        node.number = -1
-        if node.failed_in_row >= self._timings.circuit_failures:
-            node.machine.go(NodeChange.TRIP)
-            node.due_ns = now_ns + int(self._timings.circuit_s * 1e9)
-            return []
-        node.machine.go(NodeChange.LOSE)
-        wait_s = 0.0
-        if node.failed_in_row > 1:
-            wait_s = min(self._timings.backoff_s * 2 ** (node.failed_in_row - 2), self._timings.backoff_most_s)
-        node.due_ns = now_ns + int(wait_s * 1e9)
+        node.fail(reason, now_ns, self._timings, served=served)
         return self._start_if_due(node, now_ns)
 
     def _note(self, node: NodeRecord, reason: str, now_ns: int) -> None:
@@ -381,18 +372,26 @@ class Roster:
 
     def replace(self, node: NodeRecord, now_ns: int) -> list[StartNode]:
         """Start another process in the place of one that leaves, unless the stage has enough slots without it."""
-        if self._elastic and sum(slot[0] == node.slot[0] for slot in self.nodes) >= self._planned[node.slot[0]]:
+        if self._elastic and sum(slot[0] == node.slot[0] for slot in self.nodes) >= self.planned[node.slot[0]]:
             return []
         return self._start_if_due(self._add(node.slot), now_ns)
 
-    def scale(self, stage: int, replicas: int, now_ns: int) -> tuple[list[StartNode], list[NodeRecord]]:
-        """Set a stage's number of slots. Returns the processes to start, and the nodes whose slots were removed."""
-        self._planned[stage] = replicas
-        present = sorted(slot for slot in self.nodes if slot[0] == stage)
+    def scale(
+        self, stage: int, replicas: int, now_ns: int, *, tentative: bool = False
+    ) -> tuple[list[StartNode], list[NodeRecord]]:
+        """Set a stage's number of slots. Returns the processes to start, and the nodes whose slots were removed.
+
+        Nodes that are not ready are removed first, then the newest. See :class:`.Scaled` for ``tentative`` ones.
+        """
+        self.planned[stage] = replicas
+        present = [node for slot, node in self.nodes.items() if slot[0] == stage]
         started: list[StartNode] = []
         for _ in range(replicas - len(present)):
-            started += self._start_if_due(self._add((stage, self._free_replica(stage))), now_ns)
-        removed = [self.nodes[slot] for slot in present[replicas:]]
+            node = self._add((stage, self._free_replica(stage)))
+            node.is_tentative = tentative
+            started += self._start_if_due(node, now_ns)
+        present.sort(key=lambda node: (node.phase is not Phase.READY, node.is_tentative, node.slot))
+        removed = present[replicas:]
         for node in removed:
             if node.phase is not Phase.READY:
                 node.machine.go(NodeChange.END)

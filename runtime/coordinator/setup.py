@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onnxsplit.plan import Plan
+from runtime.balance.replicas import ReplicaRange
 from runtime.coordinator.sequence_limits import SequenceLimits
 from runtime.coordinator.status import StatusServer
 from runtime.files.server import FileServer
@@ -26,7 +27,9 @@ class Setup:
         folder: the plan directory.
         plan: its plan.
         plan_id: the plan's identity.
-        replicas: the number of nodes of every stage.
+        ranges: the allowed numbers of nodes of every stage.
+        scale_up_after_s: how long a stage with a range must be pressed before it gets another node.
+        scale_down_after_s: how long it must have slack before it loses one.
         providers: the provider of every stage.
         threads: threads of every node's session; 0 for the plan's number.
         share_weights: whether the replicas of each stage map one copy of its weights.
@@ -47,7 +50,9 @@ class Setup:
     folder: Path
     plan: Plan
     plan_id: str
-    replicas: tuple[int, ...]
+    ranges: tuple[ReplicaRange, ...]
+    scale_up_after_s: float
+    scale_down_after_s: float
     providers: tuple[str, ...]
     threads: int
     share_weights: tuple[bool, ...]
@@ -63,6 +68,16 @@ class Setup:
     start_timeout_s: float | None
     progress: Callable[[int, int], None]
     sequences: SequenceLimits | None = None
+
+    @property
+    def replicas(self) -> tuple[int, ...]:
+        """The number of nodes of every stage at the start."""
+        return tuple(each.least for each in self.ranges)
+
+    @property
+    def scales(self) -> bool:
+        """Whether the load decides about the number of nodes of a stage."""
+        return not all(each.is_fixed for each in self.ranges)
 
     @property
     def shortcut(self) -> Path | None:

@@ -219,8 +219,8 @@ class CoordinatorState:
             case TimedOut(reason):
                 if self.state is PipelinePhase.STARTING:
                     self._fail(LaunchFailed(reason))
-            case Scaled(stage, replicas, now_ns):
-                self._scaled(stage, replicas, now_ns)
+            case Scaled():
+                self._scaled(event)
             case DrainAsked():
                 if self.state is PipelinePhase.READY:
                     self._machine.go(PipelineChange.DRAIN)
@@ -335,10 +335,10 @@ class CoordinatorState:
         node.leaves_at = self.roster.view
         self._settle()
 
-    def _scaled(self, stage: int, replicas: int, now_ns: int) -> None:
+    def _scaled(self, event: Scaled) -> None:
         if not self.is_open:
             return
-        started, removed = self.roster.scale(stage, replicas, now_ns)
+        started, removed = self.roster.scale(event.stage, event.replicas, event.now_ns, tentative=event.tentative)
         self._effects.on_nodes += started
         leaving = [node for node in removed if node.phase is Phase.READY]
         for node in removed:
@@ -381,5 +381,5 @@ class CoordinatorState:
         self._machine.go(PipelineChange.CLOSE)
         self.error = self.error or error
         self.work.refuse_all(error)
-        known = [node.identity for node in self.roster.nodes.values() if node.identity]
+        known = [node.identity for node in self.roster if node.identity and not node.released]
         self._effects.on_nodes += [SendAway(identity, "the pipeline was closed", "end") for identity in known]

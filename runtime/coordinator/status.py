@@ -6,7 +6,9 @@ The socket is a Unix socket in the pipeline's own folder, which only the user ca
 
 from __future__ import annotations
 
+import os
 import socket
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +17,10 @@ import msgspec
 from msgspec import Struct
 
 from runtime.balance.policies import UNIT_COST
+from runtime.balance.replicas import ReplicaRange
 from runtime.coordinator.roster import Roster
 from runtime.coordinator.sequences import SequenceTable
+from runtime.coordinator.state import CoordinatorState
 from runtime.home import STATUS_SOCKET
 
 _ANSWER_S = 2.0  # a pipeline that does not answer in this time counts as ended
@@ -130,6 +134,25 @@ class SequenceStats(Struct, frozen=True):
     kept_tokens: int = 0
 
 
+class StageReplicas(Struct, frozen=True):
+    """The number of nodes of a stage.
+
+    Attributes:
+        stage: the stage.
+        nodes: its nodes now, those that start included.
+        least: the smallest number that the load may leave it. Equal to ``nodes`` where the number is fixed.
+        most: the largest number that the load may give it. Equal to ``nodes`` where the number is fixed.
+    """
+
+    stage: int
+    nodes: int
+    least: int
+    most: int
+
+    def __str__(self) -> str:
+        return f"{self.nodes} ({self.least}–{self.most})" if self.least < self.most else f"{self.nodes}"  # noqa: RUF001
+
+
 class Snapshot(Struct, frozen=True):
     """The status of a pipeline at one time.
 
@@ -146,6 +169,7 @@ class Snapshot(Struct, frozen=True):
         cause: a description of a link that is dead now, or else of the first recent loss of a node or link; empty when
             there was none.
         nodes: the statistics of each node.
+        stages: the number of nodes of each stage.
         sequences: the statistics of sequences; None where the plan has no decoder.
     """
 
@@ -160,6 +184,7 @@ class Snapshot(Struct, frozen=True):
     losses: int
     cause: str
     nodes: tuple[NodeStats, ...]
+    stages: tuple[StageReplicas, ...] = ()
     sequences: SequenceStats | None = None
 
 
@@ -206,6 +231,22 @@ def node_stats(roster: Roster, queues: Mapping[int, int], providers: Sequence[st
     return tuple(stats)
 
 
+def stage_replicas(roster: Roster, ranges: Sequence[ReplicaRange]) -> tuple[StageReplicas, ...]:
+    """The number of nodes of every stage.
+
+    Args:
+        roster: the nodes.
+        ranges: the allowed numbers of nodes of every stage.
+    """
+    counts = Counter(stage for stage, _ in roster.nodes)
+    return tuple(
+        StageReplicas(stage, counts[stage], counts[stage], counts[stage])
+        if each.is_fixed
+        else StageReplicas(stage, counts[stage], each.least, each.most)
+        for stage, each in enumerate(ranges)
+    )
+
+
 def sequence_stats(table: SequenceTable | None) -> SequenceStats | None:
     """The statistics of sequences; None where there is no table of them."""
     if table is None:
@@ -222,6 +263,43 @@ def sequence_stats(table: SequenceTable | None) -> SequenceStats | None:
         reused_tokens=table.reused_tokens,
         kept=len(table.kept),
         kept_tokens=table.scheduler.chains.kept_tokens,
+    )
+
+
+def snapshot(
+    folder: Path,
+    machine: CoordinatorState,
+    requests: int,
+    stats: Sequence[NodeStats],
+    ranges: Sequence[ReplicaRange],
+    now_ns: int,
+) -> Snapshot:
+    """The status of the pipeline of this process.
+
+    Args:
+        folder: the plan directory.
+        machine: the coordinator's state machine.
+        requests: number of requests submitted so far.
+        stats: the statistics of every slot.
+        ranges: the allowed numbers of nodes of every stage.
+        now_ns: the time, by the host's monotonic clock.
+    """
+    roster = machine.roster
+    causes = [*machine.links.stories.values(), *(incident.story for incident in roster.incidents)]
+    return Snapshot(
+        plan=str(folder.resolve()),
+        pid=os.getpid(),
+        state=machine.state.name.lower(),
+        taken_ns=now_ns,
+        requests=requests,
+        in_flight=len(machine.requests),
+        waiting=machine.requests.waiting,
+        retries=machine.requests.retries,
+        losses=roster.losses,
+        cause=causes[0] if causes else "",
+        nodes=tuple(msgspec.structs.replace(node, times={}) for node in stats),
+        stages=stage_replicas(roster, ranges),
+        sequences=sequence_stats(machine.sequences),
     )
 
 

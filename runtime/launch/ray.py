@@ -24,7 +24,7 @@ from runtime.errors import LaunchFailed
 from runtime.home import private_folder
 from runtime.launch.ray_cluster import RayConnection, import_ray
 from runtime.launch.ray_node import NodeActor
-from runtime.launcher import Rendezvous
+from runtime.launcher import PROCESS_BYTES, Rendezvous
 from runtime.topology import ReplicaKey
 from runtime.wire.security import Security, new_key_pair
 
@@ -35,7 +35,6 @@ _UP_S = 60.0  # longest wait for an actor to start, before another host is tried
 _GROUP_S = 30.0  # longest wait for a placement group
 _KILL_S = 3.0  # longest wait for a killed process to end
 _END_S = 15.0  # longest wait for nodes to end, before their actors are killed
-_PROCESS_BYTES = 256 << 20  # memory of a node in addition to its stage: Python and ONNX Runtime
 _log = logging.getLogger("runtime.launch")
 
 
@@ -150,7 +149,7 @@ class RayLauncher:
         """The Ray resources that a node of a stage needs."""
         most = max((node["Resources"].get("CPU", 0) for node in nodes), default=1)
         needs = {"CPU": float(min(stage.threads, max(1, most)))}
-        needs["memory"] = float(stage.peak_memory_bytes + _PROCESS_BYTES)
+        needs["memory"] = float(stage.peak_memory_bytes + PROCESS_BYTES)
         if stage.provider.startswith("cuda"):
             needs["GPU"] = 1.0
         return needs

@@ -160,6 +160,16 @@ def test_the_measured_time_stands_beside_the_planned_one(told, estimated, word):
     assert page.locator(".over").count() == 0, "1.21 times the plan"
 
 
+@pytest.mark.parametrize(("replicas", "words"), [("", "2 of 2 nodes, "), ("1–4", "2 of 2 nodes (1–4), ")])  # noqa: RUF001
+def test_a_range_of_replicas_stands_beside_the_nodes_in_the_box(told, replicas, words):
+    page = told(of_plan={"replicas": replicas}, nodes=[node(0, utilisation=1.0), node(0, 1, utilisation=1.0), node(1)])
+    box = page.locator('.graph [data-id="s0"]')
+    assert words in box.text_content()
+    frame = box.locator("rect").first.bounding_box()
+    texts = [text.bounding_box() for text in box.locator("text").all()]
+    assert all(text["x"] + text["width"] <= frame["x"] + frame["width"] for text in texts)
+
+
 def test_a_time_far_above_the_plan_is_marked_in_words(told):
     page = told(of_plan={"predicted_ns": 800_000}, nodes=nodes_of(CHAIN, run_ns=1_110_000))
     assert page.locator('.graph [data-id="s0"] text.over').text_content() == "▲ 1.39 x the plan"

@@ -551,10 +551,13 @@ def test_the_help_of_the_package_begins_with_what_there_is():
 
 USER = """
 import numpy as np
-from onnxsplit import Pipeline, partition
+from onnxsplit import Pipeline, ReplicaRange, partition
 
 partition("m.onnx", stages=2, out="p", strategy="layer", inputs={"x": np.ones(2)})
-with Pipeline.launch("p", threads=1, replicas={0: 2}, balance="task") as pipeline:
+Pipeline.launch("p", replicas=ReplicaRange(least=1, most=4)).close()
+counts: dict[int, int] = {0: 2}
+Pipeline.launch("p", replicas=counts).close()
+with Pipeline.launch("p", threads=1, replicas={0: 2, 1: ReplicaRange(least=1, most=4)}, balance="task") as pipeline:
     outputs = pipeline.run({"x": [[1.0]]}, timeout=3)
     outputs["y"].sum()
     for one in pipeline.map([np.ones(2)]):
@@ -580,6 +583,10 @@ WRONG = {
     'Pipeline.launch("p", thread=1)': "call-arg",
     'Pipeline.launch("p", threads="two")': "arg-type",
     'Pipeline.launch("p", mode="slow")': "arg-type",
+    'Pipeline.launch("p", replicas="1:4")': "arg-type",
+    'Pipeline.launch("p", replicas=(1, 4))': "arg-type",
+    'Pipeline.launch("p", replicas={0: "1:4"})': "dict-item",
+    "ReplicaRange(1, 4)": "misc",
     'Pipeline.listen("p", bind="tcp://*:1", elastik=True)': "call-arg",
     'partition("m.onnx", stage=2)': "call-arg",
     'partition("m.onnx", strategy="diagonal")': "arg-type",

@@ -66,7 +66,7 @@ def test_status_on_a_narrow_terminal_leaves_columns_out_and_says_so(chain_plan, 
     (head,) = [line.split() for line in shown if line.startswith("node ") and " state" in line]
     assert {"node", "state", "requests/s"} <= set(head)
     assert [line.split()[0] for line in shown if " ready " in line] == ["0.0", "1.0"]
-    assert f"{11 - len(head)} columns are not shown; widen the terminal, or use --json" in shown
+    assert f"{12 - len(head)} columns are not shown; widen the terminal, or use --json" in shown
 
 
 def test_status_with_nothing_running_says_what_to_do(python_environment):

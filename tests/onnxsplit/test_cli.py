@@ -387,6 +387,8 @@ def test_wrong_usage_is_an_object_with_json(onnxsplit):
     ("options", "words"),
     [
         (["--replicas", "x"], "'x' is neither N nor STAGE=N"),
+        *((["--replicas", text], f"'{text}' is neither N nor STAGE=N") for text in ("0:4", "4:1", "1:", ":4", "1:2:3")),
+        (["--replicas", "1=0:4"], "or a range of such numbers, as 1:4"),
         (["--replicas", "2", "--replicas", "1=3"], "'2' is for all stages; give it alone"),
         (["--trace-ops"], "name its file with --trace FILE.json"),
         (["--inflight-bytes", "many"], "'many' is not a size"),

@@ -19,6 +19,7 @@ from runtime.coordinator.events import (
     GiveStage,
     Introduce,
     Joined,
+    KillNode,
     LeaveWanted,
     LinkChanged,
     LinksSeen,
@@ -491,6 +492,48 @@ def test_a_node_that_dies_while_it_leaves_loses_nothing(plan):
     assert enter.attempt == 2
 
 
+def test_a_tentative_replica_that_does_not_start_is_given_up(plan):
+    machine = ready(plan)
+    (start,) = do(machine, Scaled(1, 2, 0, tentative=True))
+    submit(machine, 1)
+    assert of(lose(machine, start.number), StartNode) == []
+    assert list(machine.roster.nodes) == [(0, 0), (1, 0), (2, 0), (3, 0)]
+    assert do(machine, Tick(9 * SECOND)) == []
+    assert returned(machine, 1) == [Resolve(1, ())]
+    assert machine.roster.planned == [1, 1, 1, 1]
+
+
+def test_a_tentative_replica_that_declines_is_given_up(plan):
+    machine = ready(plan)
+    (start,) = do(machine, Scaled(1, 2, 0, tentative=True))
+    do(machine, hello("new", 1, 1, start.number))
+    (away,) = do(machine, Declined(b"new", "no memory", 0))
+    assert (away.identity, away.fate) == (b"new", "refused")
+    assert len(machine.roster.nodes) == 4
+
+
+def test_a_tentative_replica_that_is_ready_is_like_any_other(plan):
+    machine = ready(plan)
+    effects = come_back(machine, do(machine, Scaled(1, 2, 0, tentative=True)))
+    assert of(effects, Introduce)
+    (again,) = of(lose(machine, 5), StartNode)
+    assert again.slot == (1, 1)
+    assert machine.roster.planned == [1, 2, 1, 1]
+
+
+def test_replicas_that_are_not_ready_go_first_and_a_tentative_one_before_a_lost_one(plan):
+    machine = ready(plan, (1, 3, 1, 1))
+    lose(machine, 2)
+    assert machine.roster.nodes[1, 0].phase is Phase.STARTED
+    assert of(do(machine, Scaled(1, 2, SECOND)), KillNode), "the newest one is ready, and stays"
+    assert [slot for slot in machine.roster.nodes if slot[0] == 1] == [(1, 1), (1, 2)]
+    lose(machine, 3)
+    lose(machine, 4)
+    do(machine, Scaled(1, 3, SECOND, tentative=True))
+    do(machine, Scaled(1, 2, SECOND))
+    assert not any(node.is_tentative for node in machine.roster.nodes.values())
+
+
 # The end
 
 
@@ -509,6 +552,13 @@ def test_losses_while_draining_are_made_good(plan):
     submit(machine, 1)
     do(machine, DrainAsked())
     assert of(lose(machine, 1), Enter)[0].attempt == 2
+
+
+def test_closing_also_sends_nodes_away_that_leave_and_still_have_work(plan):
+    machine = ready(plan, (1, 2, 1, 1))
+    submit(machine, 1)
+    assert of(do(machine, Scaled(1, 1, 0)), SendAway) == []
+    assert {away.identity for away in of(do(machine, CloseAsked()), SendAway)} == {b"n%d" % n for n in range(1, 6)}
 
 
 def test_closing_fails_what_is_in_flight_and_sends_all_nodes_away(plan):

@@ -9,8 +9,9 @@ from sequence_driver import decoder_plan
 
 from onnxsplit.errors import InputError, PlanError
 from onnxsplit.plan_files import load_plan
+from runtime.balance.replicas import ReplicaRange
 from runtime.launching import limits_of
-from runtime.options import RunOptions, enough_inflight
+from runtime.options import RunOptions, check_scale, enough_inflight
 from runtime.timings import Timings, timings
 
 
@@ -60,6 +61,42 @@ def test_a_number_that_makes_no_sense_is_named_with_what_is_allowed(name, value)
 def test_replicas_that_no_stage_can_have_are_refused(chain_plan, value):
     with pytest.raises(InputError, match=r"replicas of stage \d must be a whole number, at least 1 and at most 255"):
         RunOptions(replicas=value).counts(load_plan(chain_plan))
+
+
+def between(least, most) -> ReplicaRange:
+    return ReplicaRange(least=least, most=most)
+
+
+def test_a_range_of_replicas_begins_with_the_fewest(chain_plan):
+    plan = load_plan(chain_plan)
+    options = RunOptions(replicas={1: between(1, np.int64(4))})
+    options.check()
+    assert options.ranges(plan) == (between(1, 1), between(1, 4))
+    assert (options.counts(plan), options.most_counts(plan)) == ((1, 1), (1, 4))
+    assert RunOptions(replicas=between(2, 3)).ranges(plan) == (between(2, 3), between(2, 3))
+    with pytest.raises(InputError, match="256 replicas together"):
+        RunOptions(replicas=between(1, 128)).ranges(plan)
+
+
+@pytest.mark.parametrize("ends", [(0, 4), (4, 1), (1, 256), ("1", 4), (1, None), (True, 4), (1.0, 2)])
+def test_a_range_of_replicas_that_makes_no_sense_is_refused(chain_plan, ends):
+    with pytest.raises(InputError, match=r"replicas of stage 0 have the range \S+ to \S+; a range begins at 1 or more"):
+        RunOptions(replicas=between(*ends)).ranges(load_plan(chain_plan))
+
+
+def test_a_stage_with_a_range_is_scaled_within_it():
+    ranges = (between(1, 4), between(2, 2))
+    check_scale(ranges, 0, 4)
+    check_scale(ranges, 1, 7)
+    with pytest.raises(InputError, match="stage 0 needs from 1 to 4 replicas, not 5"):
+        check_scale(ranges, 0, 5)
+
+
+@pytest.mark.parametrize("name", ["scale_up_after", "scale_down_after"])
+@pytest.mark.parametrize("value", [0, -1, float("nan"), None, "2"])
+def test_times_of_scaling_that_make_no_sense_are_refused(name, value):
+    with pytest.raises(InputError, match=f"{name} must be a number"):
+        RunOptions(**{name: value}).check()
 
 
 def test_all_nodes_together_fit_into_one_pipeline(chain_plan):

@@ -100,9 +100,9 @@ class Orders(RuleBasedStateMachine):
         if identity is not None:
             self.driver.do(LeaveWanted(identity, self.driver.now_ns))
 
-    @rule(stage=st.integers(0, 1), replicas=st.integers(1, 3))
-    def scale(self, stage, replicas):
-        self.driver.do(Scaled(stage, replicas, self.driver.now_ns))
+    @rule(stage=st.integers(0, 1), replicas=st.integers(1, 3), tentative=st.booleans())
+    def scale(self, stage, replicas, tentative):
+        self.driver.do(Scaled(stage, replicas, self.driver.now_ns, tentative))
 
     @rule(data=st.data())
     def links_die_and_work_again(self, data):

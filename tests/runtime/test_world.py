@@ -52,9 +52,9 @@ class Faults(FaultRules):
     def go_on(self, data, count):
         self.proceed(data, count)
 
-    @rule(stage=st.integers(0, 3), replicas=st.integers(1, 3))
-    def scale(self, stage, replicas):
-        self.pipeline.tell(c.Scaled(stage, replicas, self.pipeline.now_ns))
+    @rule(stage=st.integers(0, 3), replicas=st.integers(1, 3), tentative=st.booleans())
+    def scale(self, stage, replicas, tentative):
+        self.pipeline.tell(c.Scaled(stage, replicas, self.pipeline.now_ns, tentative))
 
     @rule(data=st.data())
     def give_up(self, data):

@@ -118,10 +118,10 @@ class Faults(FaultRules):
         if keys:
             self.pipeline.links[data.draw(st.sampled_from(keys))].rotate(1)
 
-    @rule(data=st.data(), replicas=st.integers(1, 3))
-    def scale(self, data, replicas):
+    @rule(data=st.data(), replicas=st.integers(1, 3), tentative=st.booleans())
+    def scale(self, data, replicas, tentative):
         stage = data.draw(st.integers(0, len(self.pipeline.plan.stages) - 1))
-        self.pipeline.tell(c.Scaled(stage, replicas, self.pipeline.now_ns))
+        self.pipeline.tell(c.Scaled(stage, replicas, self.pipeline.now_ns, tentative))
 
     @rule(data=st.data(), expires=st.booleans())
     def give_up(self, data, expires):

@@ -9,7 +9,7 @@ The environment variable FAULTS holds a JSON list of faults. A fault is an objec
               poison                  kills every node that runs a request whose input holds 1e30
               hold                    waits until the launcher calls ``release``
               count                   adds to the launcher's ``happened``, and does nothing else
-    at        the step, one of ``STEPS``
+    at        the step, one of ``STEPS``; or ``starting``, before the node does anything
     stage     the stage whose node fails; null for any
     replica   the replica that fails; null for any
     request   the number of the request; null for any
@@ -204,6 +204,7 @@ def main() -> int:
                         continue
                 fail(fault, request)
 
+    step("starting", 0)
     patch(step, [fault for fault in faults if fault["what"] == "poison"])
     return serve.main()
 

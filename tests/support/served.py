@@ -10,6 +10,7 @@ import sys
 import threading
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from email.message import Message
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,23 @@ PENDING = "nv_inference_pending_request_count"
 
 
 class Served:
-    """``onnxsplit serve`` on free ports; a context manager that ends it with SIGTERM."""
+    """``onnxsplit serve`` on free ports; a context manager that ends it with SIGTERM.
 
-    def __init__(self, *words: object, environment: dict[str, str], folder: Path | None = None) -> None:
-        command = [sys.executable, "-P", "-m", "onnxsplit", "serve", "--json", "--http-port", "0", "--grpc-port", "0"]
+    Args:
+        words: further words of the command.
+        environment: its environment.
+        folder: the folder in which it runs.
+        program: the words that stand for ``onnxsplit``.
+    """
+
+    def __init__(
+        self,
+        *words: object,
+        environment: dict[str, str],
+        folder: Path | None = None,
+        program: Sequence[str] = ("-m", "onnxsplit"),
+    ) -> None:
+        command = [sys.executable, "-P", *program, "serve", "--json", "--http-port", "0", "--grpc-port", "0"]
         self.process = subprocess.Popen(
             [*command, *map(str, words)], env=environment, cwd=folder,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

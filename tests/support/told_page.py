@@ -31,12 +31,14 @@ def model(nodes: Sequence[dict[str, Any]], **changes: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def plan(edges: Sequence[tuple[int, int]], *, estimated: bool = False, predicted_ns: int = MS) -> dict[str, Any]:
-    """A plan whose stages are connected by ``edges``; -1 stands for the caller."""
+def plan(
+    edges: Sequence[tuple[int, int]], *, estimated: bool = False, predicted_ns: int = MS, replicas: str = ""
+) -> dict[str, Any]:
+    """A plan whose stages are connected by ``edges``; -1 stands for the caller. ``replicas`` is the stages' range."""
     stages = sorted({stage for edge in edges for stage in edge} - {-1})
     return {
         "name": "told", "version": "1", "estimated": estimated, "inputs": ["x"], "outputs": ["y"],
-        "stages": [{"index": stage, "predicted_ns": predicted_ns} for stage in stages],
+        "stages": [{"index": stage, "predicted_ns": predicted_ns, "replicas": replicas} for stage in stages],
         "edges": [
             {"from": source, "to": target, "bytes": 0 if -1 in (source, target) else 1_500_000}
             for source, target in edges

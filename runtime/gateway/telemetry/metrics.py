@@ -21,7 +21,7 @@ from prometheus_client.registry import Collector
 
 import onnxsplit
 from runtime.coordinator.counters import BUCKETS_NS
-from runtime.coordinator.status import NodeStats
+from runtime.coordinator.status import NodeStats, StageReplicas
 from runtime.gateway.counters import FAILURE_REASONS
 from runtime.gateway.models.version import Version, stage_name
 from runtime.gateway.services.pool import ServicePool
@@ -77,6 +77,7 @@ class _Collector(Collector):
         yield from _models(versions)
         yield from text_metrics.metrics(versions, nodes, self._sampler.text_times)
         yield from self._cache(versions)
+        yield from _replicas(versions)
         yield from self._nodes(nodes)
         yield from _services(self._sampler.service.pools)
 
@@ -228,6 +229,25 @@ def _services(pools: Sequence[ServicePool]) -> Iterator[Metric]:
     kinds = ("service", "endpoint", "outcome")
     yield counter("onnxsplit_service_calls", "Calls of endpoints.", kinds, [(labels, n) for labels, n, _ in rows])
     yield counter("onnxsplit_service_seconds", "Seconds of these calls.", kinds, [(labels, s) for labels, _, s in rows])
+
+
+def _replicas(versions: Sequence[Version]) -> Iterator[Metric]:
+    """The number of nodes of each stage, and the limits within which the load decides; equal where it is fixed."""
+    rows = [
+        ((v.model, v.number, str(each.stage)), each)
+        for v in versions
+        if v.pipeline is not None
+        for each in v.pipeline.replicas
+    ]
+    for name, text, count in _REPLICAS:
+        yield gauge(name, text, (*_MODEL, "stage"), [(labels, float(count(each))) for labels, each in rows])
+
+
+_REPLICAS: tuple[tuple[str, str, Callable[[StageReplicas], int]], ...] = (
+    ("onnxsplit_stage_replicas", "Nodes of the stage, those that start included.", lambda s: s.nodes),
+    ("onnxsplit_stage_replicas_min", "The fewest nodes that the load may leave the stage.", lambda s: s.least),
+    ("onnxsplit_stage_replicas_max", "The most nodes that the load may give the stage.", lambda s: s.most),
+)
 
 
 def _buckets(counts: Sequence[int]) -> list[tuple[str, float]]:

@@ -146,10 +146,16 @@ class ModelSlowest(Struct, frozen=True):
 
 
 class StageView(Struct, frozen=True):
-    """The plan's prediction for a stage."""
+    """What does not change of a stage while its plan is loaded.
+
+    Attributes:
+        predicted_ns: Time of a request that the plan predicts.
+        replicas: The range within which the load decides about its nodes, as text; empty where their number is fixed.
+    """
 
     index: int
     predicted_ns: int
+    replicas: str = ""
 
 
 class EdgeView(Struct, frozen=True, rename={"source": "from", "target": "to"}):
@@ -178,6 +184,8 @@ class PlanView(Struct, frozen=True):
 def plan_view(version: Version) -> PlanView:
     """The plan of a version, for the page."""
     plan = version.plan
+    pipeline = version.pipeline
+    ranges = {s.stage: f"{s.least}–{s.most}" for s in (pipeline.replicas if pipeline else ()) if s.least < s.most}  # noqa: RUF001
     edges: dict[tuple[int, int], int] = {}
     for stage in plan.stages:
         if set(stage.inputs) & set(plan.inputs):
@@ -191,6 +199,8 @@ def plan_view(version: Version) -> PlanView:
         estimated=plan.costs.source == "analytic",
         inputs=plan.inputs,
         outputs=plan.outputs,
-        stages=tuple(StageView(stage.index, stage.predicted_time_ns) for stage in plan.stages),
+        stages=tuple(
+            StageView(stage.index, stage.predicted_time_ns, ranges.get(stage.index, "")) for stage in plan.stages
+        ),
         edges=tuple(EdgeView(source, target, size) for (source, target), size in edges.items()),
     )

@@ -67,7 +67,7 @@
     const above = excess(measured, stage.predicted_ns);
     return {
       id: `s${stage.index}`, title: `stage ${stage.index}` + (ready.length ? "" : ": down"), open: false,
-      lines: [`${ready.length} of ${nodes.length} nodes, ${percent(busy)} busy`, beside(measured, stage.predicted_ns, plan.word),
+      lines: [`${ready.length} of ${nodes.length} nodes${stage.replicas ? ` (${stage.replicas})` : ""}, ${percent(busy)} busy`, beside(measured, stage.predicted_ns, plan.word),
         ...(above ? [{ text: `${above} the plan`, class: "over" }] : [])],
       hue: ready.length ? hue(stage.index) : DOWN, down: !ready.length,
       about: `Stage ${stage.index}: ${nodes.map((node) => `node ${node.stage}.${node.replica} ${node.state}`).join(", ")}. ` +
