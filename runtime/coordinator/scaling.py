@@ -61,6 +61,7 @@ class LoadScaling:
         self._lock = lock
         self._handles = handles
         self._processors = host_cores()
+        self._rows = setup.sequences.rows if setup.sequences is not None else 1
         self._looked_ns: int | None = None
         self._host: CpuTimes = cpu_times()
         self._ran_ns: dict[int, int] = {}  # by the number of the node, also the run that is under way
@@ -105,22 +106,31 @@ class LoadScaling:
             queues, sequences = self._links.queues(), self._machine.sequences
             nodes = list(self._machine.roster.nodes.values())
             ran_ns = {node.number: self._ran(node) for node in nodes if node.phase is Phase.READY}
+            waiting = sequences.waiting if sequences is not None else 0
+            running = len(sequences) - waiting if sequences is not None else 0
         cpu_s = {number: process_cpu_s(self._handles[number].pid) for number in ran_ns if number in self._handles}
-        for_room = sequences.waiting if sequences is not None else 0
         loads = []
         for stage in range(len(self._machine.roster.planned)):
             ready = [node.number for node in nodes if node.slot[0] == stage and node.number in ran_ns]
+            taken = self._taken(running, len(ready))
             loads.append(
                 StageLoad(
                     ready=len(ready),
                     pending=sum(node.slot[0] == stage for node in nodes) - len(ready),
-                    busy_s=sum(ran_ns[n] - self._ran_ns.get(n, ran_ns[n]) for n in ready) / 1e9,
-                    cpu_s=sum(cpu_s[n] - self._cpu_s.get(n, cpu_s[n]) for n in ready if n in cpu_s),
-                    waiting=sum(max(0.0, queues.get(n, 0) / UNIT_COST - 1) for n in ready) + for_room,
+                    busy_s=taken * sum(ran_ns[n] - self._ran_ns.get(n, ran_ns[n]) for n in ready) / 1e9,
+                    cpu_s=taken * sum(cpu_s[n] - self._cpu_s.get(n, cpu_s[n]) for n in ready if n in cpu_s),
+                    waiting=sum(max(0.0, queues.get(n, 0) / UNIT_COST - 1) for n in ready) + waiting,
                 )
             )
         self._ran_ns, self._cpu_s = ran_ns, cpu_s
         return loads
+
+    def _taken(self, running: int, nodes: int) -> float:
+        """The share of the rows of a stage that sequences take, by which its time counts; 1 where there are none.
+
+        A node that continues a single text runs all the time, and has room for more in the same runs.
+        """
+        return min(1.0, running / (self._rows * nodes)) if running and nodes else 1.0
 
     def _ran(self, node: NodeRecord) -> int:
         """How long the sessions of a slot have run, the present run included. It never falls.

@@ -17,6 +17,7 @@ import build
 import numpy as np
 import psutil
 import pytest
+from decoders import gqa
 from faulty_node import FaultyLauncher
 from processes import running
 from served import Served
@@ -209,6 +210,27 @@ def test_a_node_that_is_killed_while_it_leaves_loses_nothing(plan, wanted):
         os.kill(leaves, signal.SIGKILL)
         assert all(np.array_equal(f.result(60)["y"], wanted[n % INPUTS]) for n, f in enumerate(futures))
         assert [each.nodes for each in pipeline.replicas] == [1, 1]
+
+
+def test_a_decoder_gets_nodes_and_loses_them_while_texts_go_on(tmp_path):
+    model = build.save(gqa(), tmp_path)
+    partition(model, stages=2, out=tmp_path / "m.plan")
+    prompts = [[5, 71, 13, 88, row] for row in range(INPUTS)]
+    slow = {**SLOW, "seconds": 0.02}
+    options = {"scale_up_after": 0.6, "scale_down_after": 2.0, "timings": Timings(beat_s=0.2), "max_rows": 4}
+    with Pipeline.launch(
+        tmp_path / "m.plan", launcher=FaultyLauncher(slow), threads=1, replicas=UP_TO_THREE, **options
+    ) as pipeline:
+
+        def ask(seed: int) -> np.ndarray:
+            return np.array(pipeline.generate(prompts[seed], max_tokens=20, stop_tokens=()).result(60).tokens)
+
+        wanted = [ask(seed) for seed in range(INPUTS)]
+        with load(ask, wanted):
+            wait_until(lambda: sum(node.state == "ready" for node in pipeline.nodes) >= 3, "another node")
+        with load(ask, wanted, callers=1):  # its text keeps a node busy, which has rows left
+            wait_until(lambda: len(pipeline.nodes) == 2, "the end of the nodes that were added")
+        assert pipeline.incidents == ()
 
 
 def test_a_range_starts_with_its_least_number_and_bounds_what_is_asked_for(plan, wanted):

@@ -586,7 +586,7 @@ WRONG = {
     'Pipeline.launch("p", replicas="1:4")': "arg-type",
     'Pipeline.launch("p", replicas=(1, 4))': "arg-type",
     'Pipeline.launch("p", replicas={0: "1:4"})': "dict-item",
-    "ReplicaRange(1, 4)": "misc",
+    "ReplicaRange(1, 4)": "call-arg",
     'Pipeline.listen("p", bind="tcp://*:1", elastik=True)': "call-arg",
     'partition("m.onnx", stage=2)': "call-arg",
     'partition("m.onnx", strategy="diagonal")': "arg-type",

@@ -34,6 +34,7 @@ from runtime.launch.local import LocalLauncher
 from runtime.memory import lane
 from runtime.memory.lanes import Incoming
 from runtime.node import serve
+from runtime.node.caches.caches import Caches
 from runtime.node.run_clock import RunClock
 from runtime.node.stage_runner import StageRunner
 from runtime.node.straight import Straight
@@ -107,6 +108,7 @@ def patch(step: Callable[[str, int], None], poisons: list[dict[str, Any]]) -> No
     """Let a node call ``step`` at each step of a request, whether it comes as a message or through a lane."""
     arrival, take, begin, done = Worker.arrival, Incoming.take, RunClock.begin, RunClock.done
     execute, bound, forward, pass_on = StageRunner.run, StageRunner.bound, Worker.forward, Straight._forward
+    run_step = Caches.run
     running = [0]
 
     def faulty_arrival(self: Any, *message: Any) -> Any:
@@ -149,6 +151,10 @@ def patch(step: Callable[[str, int], None], poisons: list[dict[str, Any]]) -> No
 
         return faulty_run
 
+    def faulty_run_step(self: Any, *of: Any) -> Any:
+        step("in the run", running[0])
+        return run_step(self, *of)
+
     def faulty_forward(self: Any, effect: Any) -> None:
         forward(self, effect)
         step("sent", effect.fragment.request)
@@ -175,6 +181,7 @@ def patch(step: Callable[[str, int], None], poisons: list[dict[str, Any]]) -> No
         faulty_begin,
         faulty_done,
     )
+    Caches.run = faulty_run_step
     StageRunner.run, StageRunner.bound, Worker.forward, Straight._forward = (
         faulty_execute,
         faulty_bound,
