@@ -158,8 +158,10 @@ class Autoscaler:
 
     def _obstacle(self, stage: _Stage, host: HostLoad) -> str | None:
         """Why the host has no room for another node of a stage; None where it has."""
-        if host.free_bytes < stage.terms.replica_bytes:
-            return f"another node takes {_mib(stage.terms.replica_bytes)}, and {_mib(host.free_bytes)} are free"
+        starting = sum(each.pending * each.terms.replica_bytes for each in self._stages)  # they may not use it yet
+        free_bytes = max(0, host.free_bytes - starting)
+        if free_bytes < stage.terms.replica_bytes:
+            return f"another node takes {_mib(stage.terms.replica_bytes)}, and {_mib(free_bytes)} are free"
         needed = stage.processors
         if needed < _NOTICEABLE:
             return None
@@ -246,6 +248,11 @@ class _Stage:
         if busy_s >= _SEEN_SHARE * node_s:
             cpu_s = sum(sample.load.cpu_s for sample in self._samples)
             self.processors = min(float(self.terms.threads), cpu_s / busy_s)
+
+    @property
+    def pending(self) -> int:
+        """Its nodes that are not ready."""
+        return self._nodes[1]
 
     @property
     def _is_known(self) -> bool:

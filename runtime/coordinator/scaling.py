@@ -71,9 +71,12 @@ class LoadScaling:
         """Look at the load; returns the events that change the number of nodes."""
         if self._machine.state is not PipelinePhase.READY:
             return []
-        loads, host = self._loads(), self._host_load(now_ns)
+        try:
+            host = self._host_load(now_ns)
+        except OSError:  # this process has no descriptors left, for example; requests must go on
+            return []
         events: list[CoordinatorEvent] = []
-        for decision in self._rule.look(now_ns, loads, host):
+        for decision in self._rule.look(now_ns, self._loads(), host):
             _log.info("%s", decision)
             if decision.after != decision.before:
                 events.append(Scaled(decision.stage, decision.after, now_ns, tentative=True))
@@ -118,7 +121,7 @@ class LoadScaling:
                     ready=len(ready),
                     pending=sum(node.slot[0] == stage for node in nodes) - len(ready),
                     busy_s=taken * sum(ran_ns[n] - self._ran_ns.get(n, ran_ns[n]) for n in ready) / 1e9,
-                    cpu_s=taken * sum(cpu_s[n] - self._cpu_s.get(n, cpu_s[n]) for n in ready if n in cpu_s),
+                    cpu_s=taken * sum(max(0.0, cpu_s[n] - self._cpu_s.get(n, cpu_s[n])) for n in ready if n in cpu_s),
                     waiting=sum(max(0.0, queues.get(n, 0) / UNIT_COST - 1) for n in ready) + waiting,
                 )
             )

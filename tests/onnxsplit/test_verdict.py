@@ -6,6 +6,8 @@ import itertools
 import json
 import os
 import random
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,13 +15,14 @@ import build
 import msgspec
 import pytest
 from click.testing import CliRunner
+from waiting import wait_until
 
 from onnxsplit import host_costs
 from onnxsplit.cli import cli
 from onnxsplit.cluster import Cluster, Device, Link
 from onnxsplit.effort import EFFORTS
 from onnxsplit.errors import ModelError
-from onnxsplit.machine_load import CpuTimes
+from onnxsplit.machine_load import CpuTimes, process_cpu_s
 from onnxsplit.partitioner import (
     CALLER,
     DeviceKind,
@@ -383,3 +386,13 @@ def test_doctor_measures_what_requests_cost(tmp_path, monkeypatch):
     assert 1_000 < found["host_costs"]["node_ns"] < 100 * MS
     assert Path(found["host_costs_file"]).is_file()
     assert 0 <= found["doctor"]["busy_share"] <= 1
+
+
+def test_the_processor_time_of_a_process_grows_as_it_works_and_is_0_once_it_has_ended():
+    child = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        wait_until(lambda: process_cpu_s(child.pid) > 0.05)
+    finally:
+        child.kill()
+        child.wait()
+    assert process_cpu_s(child.pid) == 0.0

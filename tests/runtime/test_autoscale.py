@@ -237,6 +237,12 @@ def test_no_node_is_added_without_memory_for_it():
     assert "another node takes 100 MiB, and 99 MiB are free" in run.decisions[0][1].reason
 
 
+def test_memory_that_a_node_will_take_while_it_starts_is_not_free_for_another():
+    stages = [SimulatedStage(lambda _: 1.5, 1), SimulatedStage(lambda _: 1.6, 1)]
+    first, second, *_ = (at for at, _ in Run(stages, [between(1, 4)] * 2, free_bytes=150 * MIB).go(60).changes)
+    assert second - first >= START_S
+
+
 # Nodes that do not start, and times in which nobody looked
 
 
