@@ -51,6 +51,7 @@ class FaultyLauncher(LocalLauncher):
 
     def __init__(self, *faults: dict[str, Any], memory_bytes: int = 256 << 20) -> None:
         super().__init__(memory_bytes=memory_bytes)
+        faults = tuple(dict(fault) for fault in faults)  # the caller's stay as they are
         for number, fault in enumerate(faults):
             fault["folder"] = str(self.folder)
             if fault["what"] != "count" and fault.pop("only_once", True):
