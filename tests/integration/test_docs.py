@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
-import urllib.error
-import urllib.request
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from waiting import wait_until
 
 import onnxsplit
 
-PAGE = (pages.ROOT / "docs" / "python.md").read_text()
+PAGE = pages.blocks_of("docs/python.md")
 
 
 @pytest.fixture
@@ -31,7 +30,7 @@ def folder(tmp_path):
 
 def test_the_examples_for_python_run_as_they_stand(folder, python_environment):
     pytest.importorskip("torch", reason="needs PyTorch")
-    code = "".join(block for kind, block in pages.blocks(PAGE) if kind == "python")
+    code = "".join(block for kind, block in PAGE if kind == "python")
     environment = {**python_environment, "XDG_CACHE_HOME": str(folder / "cache")}
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
@@ -49,19 +48,26 @@ def test_the_service_with_fastapi_answers(folder, python_environment):
     from onnxsplit import partition
 
     partition(folder / "model.onnx", stages=2, out=folder / "model.plan", costs="analytic")
-    (code,) = [block for kind, block in pages.blocks(PAGE) if kind == 'python title="app.py"']
+    (code,) = [block for kind, block in PAGE if kind == 'python title="app.py"']
     (folder / "app.py").write_text(code)
+    (block,) = [block for kind, block in PAGE if kind == "console"]
+    (_, serve), (_, ask) = pages.commands(block)
     port = ports.free_port()
+    program, *words = shlex.split(serve)
     server = subprocess.Popen(
-        [sys.executable, "-m", "uvicorn", "app:app", "--port", str(port)], cwd=folder, env=python_environment
+        [sys.executable, "-m", program, *words, "--port", str(port)], cwd=folder, env=python_environment
     )
+
+    def asked(rows: list[list[float]]) -> dict | None:
+        """The answer to the page's request with these rows; None as long as there is none."""
+        command = shlex.split(ask.replace("localhost:8000", f"127.0.0.1:{port}").replace("[[...]]", json.dumps(rows)))
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return json.loads(done.stdout) if done.returncode == 0 else None
+
     try:
-        good = wait_until(lambda: asked(port, {"x": [[0.5] * 32]}), "the service answers")
-        assert good[0] == 200
-        assert len(good[1]["y"][0]) == 32
-        status, answer = asked(port, {"x": [[0.5] * 3]})
-        assert status == 400
-        assert "expected 32" in answer["detail"]
+        good = wait_until(lambda: asked([[0.5] * 32]), "the service answers")
+        assert len(good["y"][0]) == 32
+        assert "expected 32" in asked([[0.5] * 3])["detail"]
     finally:
         server.terminate()
         assert server.wait(60) in (0, -15)
@@ -72,7 +78,7 @@ def test_the_tutorial_works_in_a_clean_folder(tmp_path, python_environment):
     pytest.importorskip("uvicorn", reason="needs the extra serve")
     from reader import Reader
 
-    blocks = pages.blocks((pages.ROOT / "docs" / "tutorial.md").read_text())
+    blocks = pages.blocks_of("docs/tutorial.md")
     assert {kind for kind, _ in blocks} == {"console", "python", 'python title="make_model.py"'}
     with ExitStack() as opened:
         reader = Reader(tmp_path, {**python_environment, "ONNXSPLIT_PARTITION_ROUNDS": "1"}, opened)
@@ -99,16 +105,3 @@ def test_the_site_has_every_page_and_every_public_name(tmp_path):
     for name in set(onnxsplit.__all__) - {"__version__"}:
         assert re.search(rf'id="[\w.]*\b{name}"', api), f"{name} is not in the reference"
     assert "https://fonts" not in navigation, "the site fetches nothing"
-
-
-def asked(port: int, body: object) -> tuple[int, dict] | None:
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/predict", json.dumps(body).encode(), {"content-type": "application/json"}
-    )
-    try:
-        with urllib.request.urlopen(request) as answer:
-            return answer.status, json.load(answer)
-    except urllib.error.HTTPError as error:
-        return error.code, json.load(error)
-    except urllib.error.URLError:
-        return None

@@ -7,11 +7,14 @@ import shlex
 import subprocess
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 
+import pages
 import pytest
+from reader import check_installation
 
-TEXT = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
+from onnxsplit.cli.export import command as export
+
+TEXT = (pages.ROOT / "docs" / "export.md").read_text()
 NEEDS = {
     "PyTorch": ("torch", "onnxscript"),
     "transformers": ("torch", "transformers"),
@@ -42,6 +45,15 @@ def cases():
 def test_each_framework_has_its_example():
     found = set(re.findall(r"^##+ (.+)$", TEXT, re.MULTILINE)) - {"What runs code"}
     assert found == set(NEEDS)
+
+
+def test_what_is_no_example_is_a_command_that_exists():
+    examples = [block for title in NEEDS for block in pages.blocks(section(title))]
+    synopsis, installation = (block for block in pages.blocks_of("docs/export.md") if block not in examples)
+    ((_, command),) = pages.commands(synopsis[1])
+    export.make_context("export", command.split()[2:])
+    for _, command in pages.commands(installation[1]):
+        check_installation(shlex.split(command)[1:])
 
 
 @pytest.mark.parametrize("title", list(cases()))

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import build
 import msgspec
+import pages
 import pytest
 from click.testing import CliRunner
 from waiting import wait_until
@@ -96,6 +98,15 @@ def test_a_cut_that_loses_says_what_to_do_instead(plan):
     assert found.text == (
         "Cutting makes this slower here (0.151 -> 0.343 ms a request). Keep it whole, in one session with one thread."
     )
+
+
+def test_the_page_shows_the_verdicts_of_a_cut_that_pays_and_of_one_that_loses(plan):
+    texts = [
+        verdict(predicted(plan, 41 * MS, 76 * MS), sessions(76, 43, 77), target()).text,
+        verdict(predicted(plan, 343_000, 151_000), sessions(0.151, 0.151, 0.151), target()).text,
+    ]
+    shown = pages.block_of("docs/cutting.md", "2 stages: ").splitlines()
+    assert all(re.fullmatch(pages.pattern(line), text) for line, text in zip(shown, texts, strict=True))
 
 
 def test_replicas_are_advised_where_they_beat_a_cut_that_loses(plan):

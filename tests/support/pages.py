@@ -7,6 +7,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+PROMPT = re.compile(r"([\w-]*)\$ (.*)")
+NUMBER = r"\d[\d,.]*(?:e[+-]\d+)?"
 FENCE = re.compile(r"^```(.*?)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
@@ -15,9 +17,30 @@ def blocks(text: str) -> list[tuple[str, str]]:
     return FENCE.findall(text)
 
 
-def commands(block: str) -> list[str]:
-    """The commands of a console block: its lines that begin with a prompt."""
-    return [line.removeprefix("$ ") for line in block.splitlines() if line.startswith("$ ")]
+def blocks_of(page: str) -> list[tuple[str, str]]:
+    """The fenced blocks of a page that is named from the root. Whoever calls this runs or checks every one of them."""
+    return blocks((ROOT / page).read_text())
+
+
+def block_of(page: str, start: str) -> str:
+    """The content of the one block of a page that begins with ``start``. Whoever calls this runs or checks it."""
+    (found,) = [block for _, block in blocks_of(page) if block.startswith(start)]
+    return found
+
+
+def commands(block: str) -> list[tuple[str, str]]:
+    """The commands of a console block: the host before the prompt ("" for this one), and what is typed there."""
+    joined = block.replace("\\\n", " ")
+    return [match.groups() for match in map(PROMPT.fullmatch, joined.splitlines()) if match is not None]
+
+
+def pattern(shown: str) -> str:
+    """A pattern of output that a page shows.
+
+    Any numbers fit in the place of its numbers, any gaps in its gaps, and anything in the place of three dots.
+    """
+    words = (".*?" if word == "..." else NUMBER.join(map(re.escape, re.split(NUMBER, word))) for word in shown.split())
+    return r"(?s)" + r"\s+".join(words)
 
 
 def links(text: str) -> list[str]:
