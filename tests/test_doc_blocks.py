@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import ast
 import re
-import shlex
 from functools import cache
 
-import click
 import pages
 import pytest
+from command_lines import parse
 
 from onnxsplit.cli import cli
 
@@ -99,14 +98,6 @@ def test_pages_that_a_test_claims_exist():
 def test_the_parsers_accept_what_cannot_run_here(page, start):
     commands = [command for _, command in pages.commands(pages.block_of(page, start))]
     assert [parse(command) for command in commands if command.startswith("onnxsplit ")]
-
-
-def parse(command: str) -> click.Context:
-    """Read a command line of onnxsplit with the parser of its command; files need not exist."""
-    name, *words = shlex.split(command, comments=True)[1:]
-    found = cli.get_command(None, name)
-    assert found is not None, f"there is no command {name}"
-    return found.make_context(name, words)
 
 
 NAMES = re.compile(r"(?<![\w./-])((?:[a-z_]+/)+)|\bonnxsplit (\w+)")
