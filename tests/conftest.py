@@ -40,6 +40,8 @@ LONGEST = [
     "faults",
     "gateway",
     "readme",
+    "doc_texts",
+    "doc_pages",
     "export_docs",
     "ray",
     "page",
