@@ -13,6 +13,7 @@ class TextReader:
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -77,7 +78,8 @@ def service(
 ) -> Callable[[C], C]:
     """Declare a class as a service, for ``onnxsplit serve FILE.py:NAME``.
 
-    Each worker process makes one object of the class. The constructor gets the models if it takes an argument.
+    Each worker process makes one object of the class. The constructor gets the models if it has a parameter ``models``,
+    or a first one without a default. A method ``close`` is called when the worker ends.
 
     A class without endpoints, but with a method ``preprocess`` or ``postprocess`` and one model, has one endpoint at
     its path: ``preprocess`` makes the model's inputs of the fields of a request, and ``postprocess`` makes the result
@@ -141,6 +143,8 @@ def endpoint(function: Any = None, *, name: str | None = None) -> Any:
     """
 
     def declare(method: F) -> F:
+        if isinstance(method, staticmethod | classmethod | property):
+            raise InputError(f"@endpoint is for methods of objects, not for a {type(method).__name__}")
         given = method.__name__ if name is None else name
         if not _NAME.fullmatch(given):
             raise InputError(f"the endpoint's name {shown(given)} may have letters, digits, '-', '.', '_' and '~' only")
@@ -156,13 +160,23 @@ def declaration_of(declared: type) -> ServiceDeclaration | None:
     return found
 
 
-def endpoints_of(declared: type) -> dict[str, Callable[..., Any]]:
-    """The endpoints of a class by the last part of their paths."""
-    found = {}
+def endpoints_of(declared: type) -> dict[str, str]:
+    """The names of the methods that are endpoints of a class, by the last part of their paths.
+
+    Raises:
+        InputError: two have the same name, or one has no object.
+    """
+    found: dict[str, str] = {}
     for attribute in dir(declared):
-        method = getattr(declared, attribute)
-        if callable(method) and (name := getattr(method, _ENDPOINT, None)) is not None:
-            found[name] = method
+        method = inspect.getattr_static(declared, attribute)
+        inner = getattr(method, "__func__", method)  # of a static or class method
+        name = getattr(inner, _ENDPOINT, None) if callable(inner) else None
+        if name is None:
+            continue
+        if inner is not method:
+            raise InputError(f"{declared.__name__}.{attribute} is a {type(method).__name__}; an endpoint is a method")
+        if found.setdefault(name, attribute) != attribute:
+            raise InputError(f"{declared.__name__} has two endpoints {name!r}: {found[name]} and {attribute}")
     return found
 
 

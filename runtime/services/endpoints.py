@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import logging
-import typing
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,9 @@ from starlette.responses import JSONResponse, Response
 
 from onnxsplit.errors import InputError, OnnxsplitError
 from runtime.errors import PipelineError
-from runtime.logs import log_event
 from runtime.services.declare import ServiceDeclaration, ServiceModel, endpoints_of, steps_of
 from runtime.services.messages import EndpointDescription, ServiceDescription
-from runtime.services.parameters import Parameters
+from runtime.services.parameters import Parameters, type_hints
 from runtime.services.results import JSON, media_type, response_of
 from runtime.services.threads import in_thread
 
@@ -47,7 +47,7 @@ class ServiceEndpoint:
         self.parameters = Parameters(method, title)
         self._method = method
         self.summary = (inspect.getdoc(result or method) or "").partition("\n")[0]
-        self._returns = typing.get_type_hints(result or method).get("return", Any)
+        self._returns = type_hints(result or method, title).get("return", Any)
 
     async def respond(self, call: Callable[..., Any], request: Request) -> Response:
         """The response to a request.
@@ -57,27 +57,23 @@ class ServiceEndpoint:
             request: the request.
 
         Raises:
-            OnnxsplitError: the request is refused, or fails. Anything that the user's code raises is logged.
+            OnnxsplitError: the request is refused, or fails. Anything else that the user's code raises is logged.
+            asyncio.CancelledError: the call was cancelled.
         """
         arguments = await self.parameters.arguments(request)
         try:
-            if inspect.iscoroutinefunction(call):
-                result = await call(**arguments)
-            elif inspect.isasyncgenfunction(call):
-                result = call(**arguments)
-            else:
-                result = await in_thread(call, **arguments)
-            return await in_thread(response_of, result, self._returns)
+            return await response_of(await _result(call, arguments), self._returns)
         except OnnxsplitError:
             raise
         except HTTPException as error:
             return JSONResponse({"error": error.detail}, error.status_code, error.headers)
-        except Exception as error:
-            log_event(_log, logging.ERROR, "a service failed", endpoint=self.title)
-            _log.exception(self.title)
-            raise PipelineError(
-                f"{self.title} failed with {type(error).__name__}; the server's log says more"
-            ) from error
+        except BaseException as error:  # also what would end the process, such as sys.exit()
+            task = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+                raise
+            _log.exception("%s failed", self.title)
+            name = type(error).__name__
+            raise PipelineError(f"{self.title} failed with {name}; the server's log says more") from error
 
     def described(self, by_struct: Mapping[Any, dict[str, Any]]) -> EndpointDescription:
         """What the gateway is told; ``by_struct`` holds the JSON schemas of the types of requests and results."""
@@ -112,15 +108,18 @@ class Steps:
 
     async def run(self, **arguments: Any) -> Any:
         """The result for the fields of a request."""
-        inputs = await _step(self._before, **arguments) if self._before is not None else arguments
+        inputs = await _result(self._before, arguments) if self._before is not None else arguments
         outputs = await self._model.arun(inputs)
-        return outputs if self._after is None else await _step(self._after, outputs)
+        return outputs if self._after is None else await _result(partial(self._after, outputs), {})
 
 
-async def _step(step: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
-    if inspect.iscoroutinefunction(step):
-        return await step(*args, **keywords)
-    return await in_thread(step, *args, **keywords)
+async def _result(call: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+    """What a method returns. A plain one runs in a thread."""
+    if inspect.iscoroutinefunction(call) or inspect.isasyncgenfunction(call):
+        result = call(**arguments)
+    else:
+        result = await in_thread(call, **arguments)
+    return await result if inspect.isawaitable(result) else result
 
 
 def endpoints(declared: type) -> list[ServiceEndpoint]:
@@ -131,7 +130,10 @@ def endpoints(declared: type) -> list[ServiceEndpoint]:
     """
     found = endpoints_of(declared)
     if found:
-        return [ServiceEndpoint(name, f"{declared.__name__}.{name}", method) for name, method in sorted(found.items())]
+        return [
+            ServiceEndpoint(name, f"{declared.__name__}.{attribute}", getattr(declared, attribute))
+            for name, attribute in sorted(found.items())
+        ]
     before, after = steps_of(declared)
     return [ServiceEndpoint("", declared.__name__, before or _raw, after or before)]
 
@@ -169,11 +171,17 @@ def described(declared: type, declaration: ServiceDeclaration, folder: Path) -> 
     )
 
 
-def make(declared: type, models: Mapping[str, ServiceModel]) -> dict[str, Callable[..., Any]]:
-    """Make the object of a service; returns its endpoints by name. Blocks as long as the user's constructor does."""
-    takes = len(inspect.signature(declared).parameters)
-    made = declared(models) if takes else declared()
-    found = {name: getattr(made, method.__name__) for name, method in endpoints_of(declared).items()}
+def make(declared: type, models: Mapping[str, ServiceModel]) -> Any:
+    """Make the object of a service. Blocks as long as the user's constructor does."""
+    parameters = list(inspect.signature(declared).parameters.values())
+    if "models" in [parameter.name for parameter in parameters]:
+        return declared(models=models)
+    return declared(models) if parameters and parameters[0].default is inspect.Parameter.empty else declared()
+
+
+def methods(made: Any, models: Mapping[str, ServiceModel]) -> dict[str, Callable[..., Any]]:
+    """The endpoints of an object by name."""
+    found = {name: getattr(made, attribute) for name, attribute in endpoints_of(type(made)).items()}
     return found or {"": Steps(made, next(iter(models.values()))).run}
 
 

@@ -34,8 +34,8 @@ from runtime.errors import (
 from runtime.wire.codec import MAX_FRAME_BYTES, MAX_HEADER_BYTES, MAX_TENSORS, Buffer
 from runtime.wire.messages.data import TensorHead
 
-MOST_BODY_BYTES = MAX_FRAME_BYTES
-"""The largest body of a call, and the largest part of a response."""
+PART_BYTES = 1 << 20
+"""The largest part of a response. The next part waits until the client has taken it."""
 
 Headers = list[tuple[bytes, bytes]]
 _SIZES = struct.Struct("!II")
@@ -197,6 +197,8 @@ class Drop(_Message, frozen=True):
 ToWorker = Begin | CallEndpoint | More | CancelCall | AskOutputs | AskFailed
 ToGateway = Described | Unusable | Up | ResponseHead | ResponsePart | CallEnded | Ask | Drop
 
+_MOST_CHARACTERS = 2000
+
 _encode = msgspec.msgpack.Encoder().encode
 
 _KINDS: Mapping[str, type[OnnxsplitError]] = {
@@ -211,6 +213,12 @@ _KINDS: Mapping[str, type[OnnxsplitError]] = {
 def kind_of(error: OnnxsplitError) -> str:
     """The name of the class of an error that both sides know."""
     return next((cls.__name__ for cls in type(error).__mro__ if _KINDS.get(cls.__name__) is cls), "PipelineError")
+
+
+def short(text: str) -> str:
+    """A text for a message: bounded, and without what UTF-8 cannot encode."""
+    cut = text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]} ... ({len(text)} characters)"
+    return cut.encode(errors="replace").decode()
 
 
 def error_of(kind: str, message: str) -> OnnxsplitError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ from onnxsplit.tensors import Array
 from runtime.errors import PipelineError
 from runtime.requests.normalize import normal_inputs, normal_names, normal_timeout_ns
 
-AskGateway = Callable[[str, dict[str, Array], tuple[str, ...] | None, int | None], Awaitable[dict[str, Array]]]
+AskGateway = Callable[
+    [str, dict[str, Array], tuple[str, ...] | None, int | None], Coroutine[Any, Any, dict[str, Array]]
+]
 """Asks a model by name: with inputs, the names of outputs, and the nanoseconds for it."""
 
 
@@ -59,6 +61,9 @@ class GatewayModel:
         ).result()
 
     async def arun(self, inputs: Any, *, outputs: Any = None, timeout: float | None = None) -> dict[str, Array]:
-        """Run one request and wait for its outputs, within the event loop. Raises as :meth:`run`."""
+        """Run one request and wait for its outputs, within an event loop. Raises as :meth:`run`."""
         arrays = normal_inputs(inputs, self._specs, self._required)
-        return await self._ask(self.name, arrays, normal_names(outputs), normal_timeout_ns(timeout))
+        asked = self._ask(self.name, arrays, normal_names(outputs), normal_timeout_ns(timeout))
+        if asyncio.get_running_loop() is self._loop:
+            return await asked
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(asked, self._loop))

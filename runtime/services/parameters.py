@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,34 +19,52 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException
 from starlette.requests import Request
 
 from onnxsplit.errors import InputError, one_line, shown
+from runtime.services.forms import FORMS, form_fields
+from runtime.services.threads import in_thread
 
-_MOST_FIELDS = 1000
 _MESSAGE_CHARACTERS = 500
-_FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
+_QUICK_BYTES = 64 << 10  # the most bytes of a body that are converted in the event loop
+_WORDS = {"on": True, "yes": True, "off": False, "no": False}
 
 
 @dataclass(frozen=True)
 class _Field:
-    """A parameter: its type for msgspec, and what makes the argument of the value."""
+    """A parameter.
+
+    Attributes:
+        kind: its type for msgspec.
+        members: the types that it may have, without what annotates them.
+        argument: makes the argument of a value that is not None, where that is not the value itself.
+    """
 
     kind: Any
+    members: tuple[Any, ...]
     argument: Callable[[Any], Any] | None = None
 
     @property
     def is_bytes(self) -> bool:
         """Whether its values are bytes."""
-        return self.kind is bytes
+        return bytes in self.members
 
     @property
     def is_list(self) -> bool:
-        """Whether it may be given several times."""
-        return (typing.get_origin(self.kind) or self.kind) in (list, tuple, set, Any)
+        """Whether a text for it may be given several times."""
+        return any((typing.get_origin(one) or one) in (list, tuple, set, frozenset) for one in self.members)
+
+    def of_text(self, text: Any) -> Any:
+        """A text or a file as the value that msgspec converts: lists and objects from JSON, words for yes and no."""
+        if isinstance(text, bytes):
+            return _decoded_text(text) if str in self.members and not self.is_bytes else text
+        if self.is_bytes:
+            return text.encode()
+        if str in self.members:
+            return text
+        if bool in self.members and text.lower() in _WORDS:
+            return _WORDS[text.lower()]
+        return _decoded(text) if text[:1] in ("{", "[") or self.argument is not None else text
 
 
 class Parameters:
@@ -64,15 +83,19 @@ class Parameters:
 
     def __init__(self, method: Callable[..., Any], name: str) -> None:
         self._fields: dict[str, _Field] = {}
+        self._requests: list[str] = []
         declared: list[Any] = []
-        hints = _hints(method, name)
+        hints = type_hints(method, name)
         for parameter in list(inspect.signature(method).parameters.values())[1:]:
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
                 raise InputError(f"{name} takes {parameter}; the parameters of an endpoint have names, and no * or /")
             if parameter.name not in hints:
                 raise InputError(f"the parameter {parameter.name!r} of {name} has no type; write one, as image: bytes")
-            field = self._fields[parameter.name] = _field(hints[parameter.name])
-            default = () if parameter.default is parameter.empty else (parameter.default,)
+            if hints[parameter.name] is Request:
+                self._requests.append(parameter.name)
+                continue
+            field = self._fields[parameter.name] = _field(hints[parameter.name], default=parameter.default)
+            default = () if parameter.default is parameter.empty else (msgspec.UNSET,)
             declared.append((parameter.name, field.kind, *default))
         try:
             self.struct = msgspec.defstruct(name.replace(".", "_"), declared, forbid_unknown_fields=True, kw_only=True)
@@ -81,7 +104,7 @@ class Parameters:
             raise InputError(f"the parameters of {name} cannot be given by a request: {one_line(error)}") from error
 
     async def arguments(self, request: Request) -> dict[str, Any]:
-        """The arguments of a call.
+        """The arguments of a call; those that the request leaves out are not among them.
 
         Raises:
             InputError: the request does not have the fields that the method takes.
@@ -90,18 +113,29 @@ class Parameters:
         body = await request.body()
         texts: list[tuple[str, Any]] = list(request.query_params.multi_items())
         others: list[tuple[str, Any]] = []
-        if kind in _FORMS:
-            texts += await _form(request, len(body))
-        elif kind in ("application/json", "") and (body[:1] in (b"", b"{") or kind):
+        if kind in FORMS:
+            texts += await form_fields(request, body)
+        elif kind.endswith(("/json", "+json")) or (not kind and body[:1] in (b"", b"{")):
             others = list(_members(body).items())
         elif body:
             others = [(self._whole_body(kind), body)]
         fields = self._joined(texts, others)
+        slow = len(body) > _QUICK_BYTES or any(field.argument is not None for field in self._fields.values())
+        strict = not texts
+        arguments = await in_thread(self._converted, fields, strict) if slow else self._converted(fields, strict)
+        return arguments | dict.fromkeys(self._requests, request)
+
+    def _converted(self, fields: dict[str, Any], strict: bool) -> dict[str, Any]:
         try:
-            values = msgspec.convert(fields, self.struct, strict=not texts)
+            values = msgspec.convert(fields, self.struct, strict=strict)
         except (msgspec.ValidationError, RecursionError) as error:
             raise InputError(f"the request does not fit: {one_line(error, _MESSAGE_CHARACTERS)}") from error
-        return {name: _argument(name, field, getattr(values, name)) for name, field in self._fields.items()}
+        given = {name: getattr(values, name) for name in self._fields}
+        return {
+            name: _argument(name, self._fields[name], value)
+            for name, value in given.items()
+            if value is not msgspec.UNSET
+        }
 
     def _whole_body(self, kind: str) -> str:
         """The parameter that gets the whole body."""
@@ -119,9 +153,10 @@ class Parameters:
         A text that is given several times is a list, if the parameter is one.
         """
         fields: dict[str, Any] = {}
+        unknown = _Field(str, (str,))
         for name, text in texts:
-            field = self._fields.get(name, _Field(str))
-            value = _of_text(field, text)
+            field = self._fields.get(name, unknown)
+            value = field.of_text(text)
             values = value if isinstance(value, list) or not field.is_list else [value]
             if name not in fields:
                 fields[name] = values
@@ -132,23 +167,25 @@ class Parameters:
         for name, value in others:
             if name in fields:
                 raise _twice(name)
-            data_url = isinstance(value, str) and value.startswith("data:") and self._is_bytes(name)
-            fields[name] = value.partition(",")[2] if data_url else value
+            is_url = isinstance(value, str) and value.startswith("data:") and self._fields.get(name, unknown).is_bytes
+            fields[name] = value.partition(",")[2] if is_url else value
         return fields
 
-    def _is_bytes(self, name: str) -> bool:
-        return name in self._fields and self._fields[name].is_bytes
 
+def type_hints(method: Callable[..., Any], name: str) -> dict[str, Any]:
+    """The types of a method's parameters and of its result.
 
-def _twice(name: str) -> InputError:
-    return InputError(f"the field {shown(name)} is given twice")
-
-
-def _hints(method: Callable[..., Any], name: str) -> dict[str, Any]:
+    Raises:
+        InputError: they cannot be read.
+    """
     try:
         return typing.get_type_hints(method, include_extras=True)
     except Exception as error:  # whatever the user's annotations raise
         raise InputError(f"the types of {name} cannot be read: {one_line(error)}") from error
+
+
+def _twice(name: str) -> InputError:
+    return InputError(f"the field {shown(name)} is given twice")
 
 
 def _members(body: bytes) -> Mapping[str, Any]:
@@ -161,31 +198,6 @@ def _members(body: bytes) -> Mapping[str, Any]:
     return members
 
 
-async def _form(request: Request, size: int) -> list[tuple[str, Any]]:
-    """The fields of a form: files as bytes, others as text."""
-    try:
-        form = await request.form(max_files=_MOST_FIELDS, max_fields=_MOST_FIELDS, max_part_size=size)
-    except (HTTPException, MultiPartException, ValueError, KeyError) as error:
-        text = error.detail if isinstance(error, HTTPException) else str(error)
-        raise InputError(f"the body is not the form that its Content-Type says: {text}") from error
-    try:
-        return [
-            (name, await value.read() if isinstance(value, UploadFile) else value) for name, value in form.multi_items()
-        ]
-    finally:
-        await form.close()
-
-
-def _of_text(field: _Field, value: Any) -> Any:
-    """A field of a form or of the query: bytes as they are, lists and objects from JSON, other texts for msgspec."""
-    if not isinstance(value, str):
-        return value
-    if field.is_bytes:
-        return value.encode()
-    plain = field.kind in (str, int, float, bool)
-    return _decoded(value) if not plain and value[:1] in ("{", "[") else value
-
-
 def _decoded(text: str) -> Any:
     try:
         return msgspec.json.decode(text)
@@ -193,16 +205,42 @@ def _decoded(text: str) -> Any:
         return text
 
 
-def _field(kind: Any) -> _Field:
-    """What a parameter of a type takes."""
-    plain = typing.get_args(kind)[0] if typing.get_origin(kind) is typing.Annotated else kind
-    if inspect.isclass(plain) and plain.__module__.split(".")[0] == "PIL":
-        return _Field(bytes, _picture)
-    if plain is np.ndarray or typing.get_origin(plain) is np.ndarray:
-        return _Field(Any, np.asarray)
-    if hasattr(plain, "model_validate"):  # Pydantic
-        return _Field(dict[str, Any], plain.model_validate)
-    return _Field(kind)
+def _decoded_text(data: bytes) -> Any:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return data
+
+
+def _field(kind: Any, *, default: Any) -> _Field:
+    """What a parameter of a type takes. One whose default is None may be None."""
+    members = _members_of(kind)
+    optional = type(None) in members or default is None
+    special = [(one, found) for one in members if (found := _special(one)) is not None]
+    if not special:
+        return _Field(kind | None if default is None and type(None) not in members else kind, members)
+    _, (given, argument) = special[0]
+    return _Field(given | None if optional else given, (given,), argument)
+
+
+def _members_of(kind: Any) -> tuple[Any, ...]:
+    """The types that a type stands for: those of a union, without what annotates them."""
+    if typing.get_origin(kind) is typing.Annotated:
+        return _members_of(typing.get_args(kind)[0])
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return tuple(inner for one in typing.get_args(kind) for inner in _members_of(one))
+    return (kind,)
+
+
+def _special(kind: Any) -> tuple[Any, Callable[[Any], Any]] | None:
+    """What msgspec makes for a type that it does not know, and what makes the argument of that."""
+    if inspect.isclass(kind) and kind.__module__.split(".")[0] == "PIL":
+        return bytes, _picture
+    if kind is np.ndarray or typing.get_origin(kind) is np.ndarray:
+        return list[Any] | int | float | bool, np.asarray
+    if hasattr(kind, "model_validate"):  # Pydantic
+        return dict[str, Any], kind.model_validate
+    return None
 
 
 def _picture(data: bytes) -> Any:
@@ -217,7 +255,7 @@ def _picture(data: bytes) -> Any:
 
 
 def _argument(name: str, field: _Field, value: Any) -> Any:
-    if field.argument is None:
+    if field.argument is None or value is None:
         return value
     try:
         return field.argument(value)

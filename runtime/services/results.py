@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import typing
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -15,8 +16,10 @@ from starlette.responses import Response, StreamingResponse
 
 from onnxsplit.errors import OnnxsplitError, one_line
 from runtime.errors import PipelineError
+from runtime.services.threads import in_thread
 
 _log = logging.getLogger("runtime.services")
+_LINE_ENDS = re.compile(r"\r\n|\r|\n")
 
 JSON = "application/json"
 EVENTS = "text/event-stream"
@@ -40,12 +43,28 @@ def media_type(annotation: Any) -> str:
     return JSON
 
 
-def response_of(result: Any, annotation: Any) -> Response:
-    """The response for a result; ``annotation`` is the type that the method returns.
+async def response_of(result: Any, annotation: Any) -> Response:
+    """The response for a result.
+
+    Args:
+        result: what the method has returned. Of an iterator, the first part is taken here, so that a failure before it
+            has a status of its own.
+        annotation: the type that the method returns.
 
     Raises:
         PipelineError: the result is nothing that a response can carry; the message names its type.
+        Exception: what an iterator raises before its first part.
     """
+    if not isinstance(result, Iterator | AsyncIterator):
+        return await in_thread(_whole_response, result)
+    parts = result if isinstance(result, AsyncIterator) else iterate_in_threadpool(result)
+    first = [part async for part in _first(parts)]
+    if media_type(annotation) == BYTES:
+        return StreamingResponse(_joined(first, parts), media_type=BYTES)
+    return StreamingResponse(_events(_joined(first, parts)), media_type=EVENTS, headers={"cache-control": "no-cache"})
+
+
+def _whole_response(result: Any) -> Response:
     if isinstance(result, Response):
         return result
     if isinstance(result, bytes | bytearray | memoryview):
@@ -56,12 +75,20 @@ def response_of(result: Any, annotation: Any) -> Response:
         picture = io.BytesIO()
         result.save(picture, "PNG")
         return Response(picture.getvalue(), media_type="image/png")
-    if isinstance(result, Iterator | AsyncIterator):
-        parts = result if isinstance(result, AsyncIterator) else iterate_in_threadpool(result)
-        if media_type(annotation) == BYTES:
-            return StreamingResponse(parts, media_type=BYTES)
-        return StreamingResponse(_events(parts), media_type=EVENTS, headers={"cache-control": "no-cache"})
     return Response(_json(result), media_type=JSON)
+
+
+async def _first(parts: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for part in parts:
+        yield part
+        return
+
+
+async def _joined(first: list[Any], parts: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    for part in first:
+        yield part
+    async for part in parts:
+        yield part
 
 
 async def _events(parts: AsyncIterator[Any]) -> AsyncIterator[bytes]:
@@ -79,7 +106,8 @@ async def _events(parts: AsyncIterator[Any]) -> AsyncIterator[bytes]:
 def _event(part: Any) -> bytes:
     """Texts are sent as they are, line by line; anything else as JSON."""
     text = part if isinstance(part, str) else _json(part).decode()
-    return b"".join(b"data: " + line.encode() + b"\n" for line in text.split("\n")) + b"\n"
+    lines = _LINE_ENDS.split(text)
+    return b"".join(b"data: " + line.encode(errors="replace") + b"\n" for line in lines) + b"\n"
 
 
 def _is_picture(kind: type) -> bool:

@@ -28,5 +28,6 @@ async def in_thread(work: Callable[P, T], *args: P.args, **keywords: P.kwargs) -
     try:
         return await asyncio.shield(running)
     except asyncio.CancelledError:
-        await asyncio.wait([running])
+        if not running.done():
+            await asyncio.wait([running])
         raise

@@ -11,6 +11,7 @@ import importlib.util
 import itertools
 import logging
 import os
+import re
 import select
 import signal
 import socket
@@ -21,18 +22,20 @@ import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from anyio.to_thread import current_default_thread_limiter
 from starlette.requests import Request
 
 from onnxsplit.errors import InputError, OnnxsplitError, one_line
 from onnxsplit.tensors import Array
 from runtime.errors import PipelineClosed, PipelineError
 from runtime.services.declare import declaration_of
-from runtime.services.endpoints import ServiceEndpoint, check_name, described, endpoints, make
+from runtime.services.endpoints import ServiceEndpoint, check_name, described, endpoints, make, methods
 from runtime.services.messages import (
-    MOST_BODY_BYTES,
+    PART_BYTES,
     Ask,
     AskFailed,
     AskOutputs,
@@ -52,12 +55,15 @@ from runtime.services.messages import (
     Up,
     error_of,
     kind_of,
+    short,
 )
 from runtime.services.models import GatewayModel
 from runtime.services.threads import in_thread
 from runtime.wire.codec import decode_tensors, encode_tensors
 
 _GRACE_S = 5.0
+_STATUSES = range(200, 600)
+_BREAKS = re.compile(rb"[\r\n\0]")
 
 
 def load_service(file: Path, name: str | None) -> type:
@@ -65,7 +71,7 @@ def load_service(file: Path, name: str | None) -> type:
 
     Raises:
         InputError: the file has no such service.
-        Exception: whatever the file raises.
+        BaseException: whatever the file raises.
     """
     sys.path.insert(0, str(file.parent))
     spec = importlib.util.spec_from_file_location(file.stem, file)
@@ -89,6 +95,7 @@ class _Worker:
         self._declared = declared
         self._description = description
         self._endpoints: dict[str, ServiceEndpoint] = {each.name: each for each in endpoints(declared)}
+        self._made: Any = None
         self._methods: Mapping[str, Callable[..., Any]] = {}
         self._calls: dict[int, asyncio.Task[None]] = {}
         self._taken: dict[int, asyncio.Event] = {}  # the client has taken the last part of a response
@@ -97,8 +104,10 @@ class _Worker:
 
     async def run(self) -> None:
         """Work until the gateway closes the socket."""
-        loop = asyncio.get_running_loop()
-        loop.set_default_executor(ThreadPoolExecutor(self._description.calls, thread_name_prefix="call"))
+        calls = self._description.calls
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(calls, thread_name_prefix="call"))
+        limiter = current_default_thread_limiter()  # of the threads of streams
+        limiter.total_tokens = max(limiter.total_tokens, calls)
         self._channel.send(Described(self._description))
         making: asyncio.Task[None] | None = None
         while (received := await self._channel.receive()) is not None:
@@ -106,12 +115,14 @@ class _Worker:
             if isinstance(message, Begin):
                 making = asyncio.ensure_future(self._make(message.models))
             elif isinstance(message, CallEndpoint):
-                task = self._calls[message.call] = asyncio.ensure_future(self._execute(message, frames[0]))
-                task.add_done_callback(lambda _, number=message.call: self._calls.pop(number, None))  # type: ignore[misc]
+                task = self._calls[message.call] = asyncio.ensure_future(self._respond(message, frames[0]))
+                task.add_done_callback(partial(self._end, message))
             else:
                 self._told(message, frames)
         if making is not None:
             making.cancel()
+        if callable(close := getattr(self._made, "close", None)):
+            await in_thread(close)
 
     def _told(self, message: More | CancelCall | AskOutputs | AskFailed, frames: list[bytes]) -> None:
         if isinstance(message, More):
@@ -131,29 +142,29 @@ class _Worker:
         loop = asyncio.get_running_loop()
         try:
             models = {name: GatewayModel(name, Path(folder), self._ask, loop) for name, folder in folders.items()}
-            self._methods = await in_thread(make, self._declared, models)
-        except Exception as error:
+            self._made = await in_thread(make, self._declared, models)
+            self._methods = methods(self._made, models)
+        except (Exception, SystemExit) as error:
             traceback.print_exc()
-            self._channel.send(Unusable(f"{self._description.name} cannot be made: {_named(error)}"))
+            self._channel.send(Unusable(short(f"{self._description.name} cannot be made: {_named(error)}")))
             return
         self._channel.send(Up())
 
-    async def _execute(self, call: CallEndpoint, body: bytes) -> None:
-        """Execute a call. Its end is always told, so that another one can have its place."""
-        ended = CallEnded(call.call)
-        try:
-            await self._respond(call, body)
-        except OnnxsplitError as error:
-            ended = CallEnded(call.call, kind_of(error), str(error))
-        except asyncio.CancelledError:
+    def _end(self, call: CallEndpoint, task: asyncio.Task[None]) -> None:
+        """Tell the gateway that a call is over, so that another one can have its place."""
+        self._calls.pop(call.call, None)
+        self._taken.pop(call.call, None)
+        if task.cancelled():
             ended = CallEnded(call.call, "Cancelled", "the call was cancelled")
-        except Exception as error:  # of a stream, whose head was sent
-            traceback.print_exc()
-            message = f"{self._endpoints[call.endpoint].title} failed: {type(error).__name__}"
-            ended = CallEnded(call.call, "PipelineError", message)
-        finally:
-            self._taken.pop(call.call, None)
-            self._channel.send(ended)
+        elif (error := task.exception()) is None:
+            ended = CallEnded(call.call)
+        elif isinstance(error, OnnxsplitError):
+            ended = CallEnded(call.call, kind_of(error), short(str(error)))
+        else:  # of a stream, whose head was sent
+            traceback.print_exception(error)
+            title = self._endpoints[call.endpoint].title
+            ended = CallEnded(call.call, "PipelineError", f"{title} failed with {type(error).__name__}")
+        self._channel.send(ended)
 
     async def _respond(self, call: CallEndpoint, body: bytes) -> None:
         async def receive() -> dict[str, Any]:
@@ -179,19 +190,22 @@ class _Worker:
     async def _forward(self, number: int, message: Any) -> None:
         """Send a part of a response to the gateway. The next part waits until the client has taken this one."""
         if message["type"] == "http.response.start":
-            self._channel.send(ResponseHead(number, message["status"], list(message.get("headers", []))))
+            headers = list(message.get("headers", []))
+            if message["status"] not in _STATUSES or any(_BREAKS.search(part) for pair in headers for part in pair):
+                raise PipelineError(
+                    f"a response with the status {message['status']}, or with a header of several lines; HTTP has "
+                    "neither here"
+                )
+            self._channel.send(ResponseHead(number, message["status"], headers))
             return
         body, more = message.get("body", b""), message.get("more_body", False)
-        if len(body) > MOST_BODY_BYTES:
-            raise PipelineError(
-                f"a response of {len(body)} bytes; at most {MOST_BODY_BYTES} can be sent at once: return an iterator"
-            )
-        if more:
+        for start in range(0, max(1, len(body)), PART_BYTES):
+            part = body[start : start + PART_BYTES]
+            goes_on = more or start + PART_BYTES < len(body)
             taken = self._taken[number] = asyncio.Event()
-            self._channel.send(ResponsePart(number, more=True), [body])
-            await taken.wait()
-        else:
-            self._channel.send(ResponsePart(number, more=False), [body])
+            self._channel.send(ResponsePart(number, goes_on), [part])
+            if goes_on:
+                await taken.wait()
 
     async def _ask(
         self, model: str, inputs: dict[str, Array], outputs: tuple[str, ...] | None, timeout_ns: int | None
@@ -216,48 +230,58 @@ def _nowhere(*_: Any) -> Array:
 
 
 def _named(error: BaseException) -> str:
-    return str(error) if isinstance(error, OnnxsplitError) else f"{type(error).__name__}: {one_line(error)}"
+    if isinstance(error, OnnxsplitError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError) and str(error.name).partition(".")[0] in ("runtime", "onnxsplit"):
+        return f"{one_line(error)}: packages of these names are those of onnxsplit; rename yours"
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def _end_with_gateway(connection: socket.socket) -> None:
-    """End the process when the gateway is gone, even if the user's code blocks the event loop."""
+    """End the process and all that it has started when the gateway is gone, even if the event loop is blocked."""
     poll = select.poll()
     poll.register(connection, 0)  # only that the other end was closed
     poll.poll()
     time.sleep(_GRACE_S)
-    os._exit(1)
+    os.killpg(0, signal.SIGKILL)
 
 
-async def _main(connection: socket.socket, file: Path, name: str | None) -> None:
+async def _main(connection: socket.socket, file: Path, loaded: type | BaseException) -> None:
     reader, writer = await asyncio.open_unix_connection(sock=connection)
     channel = Channel(reader, writer, ToWorker)
     try:
-        declared = load_service(file, name)
-        declaration = declaration_of(declared)
+        if isinstance(loaded, BaseException):
+            raise loaded
+        declaration = declaration_of(loaded)
         assert declaration is not None
-        description = described(declared, declaration, file.parent)
-        worker = _Worker(channel, declared, description)
-    except Exception as error:
+        worker = _Worker(channel, loaded, described(loaded, declaration, file.parent))
+        await worker.run()
+    except (Exception, SystemExit) as error:
         if not isinstance(error, OnnxsplitError):
-            traceback.print_exc()
-        channel.send(Unusable(f"{file} cannot be served: {_named(error)}"))
+            traceback.print_exception(error)
+        channel.send(Unusable(short(f"{file} cannot be served: {_named(error)}")))
         await channel.receive()
-        return
-    await worker.run()
 
 
 def main() -> None:
     """Run the process."""
     connection = socket.socket(fileno=int(sys.argv[1]))
+    connection.set_inheritable(False)  # the gateway takes an open socket for a running worker
     file, name = Path(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else None
-    signal.signal(
-        signal.SIGTERM, lambda *_: None
-    )  # a signal for all processes of the server: the gateway ends this one
+    # The gateway gets SIGTERM too where it is sent to all processes of the server, and ends this one.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     os.dup2(2, 1)  # what the user's code prints is not the server's result
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     threading.Thread(target=_end_with_gateway, args=(connection.dup(),), daemon=True).start()
+    loaded: type | BaseException
+    try:
+        loaded = load_service(file, name)
+    except (Exception, SystemExit) as error:
+        loaded = error
     with suppress(KeyboardInterrupt):
-        asyncio.run(_main(connection, file, name))
+        asyncio.run(_main(connection, file, loaded))
 
 
 if __name__ == "__main__":

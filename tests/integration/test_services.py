@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import http.client
 import json
 import os
@@ -25,14 +24,18 @@ from waiting import wait_until
 APP = '''
 """Services of the tests."""
 import asyncio
+import multiprocessing
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from starlette.responses import Response
 
-from onnxsplit import Busy, Models, endpoint, service
+from onnxsplit import Busy, InputError, Models, endpoint, service
 
 HERE = Path(__file__).parent
 
@@ -90,6 +93,46 @@ class TryIt:
             yield f"word {number} " + "x" * 100_000
 
     @endpoint
+    async def quick(self) -> str:
+        return "quick"
+
+    @endpoint
+    def loud(self, size: int) -> None:
+        raise InputError("x" * size + chr(0xDC80))
+
+    @endpoint
+    def leave(self) -> None:
+        sys.exit(3)
+
+    @endpoint
+    def other_loop(self, values: list[float]) -> dict[str, float]:
+        outputs = asyncio.run(self.chain.arun(np.array(values, np.float32)[None]))
+        return {"sum": float(outputs["y"].sum())}
+
+    @endpoint
+    def child(self) -> int:
+        return subprocess.Popen(["sleep", "600"], close_fds=False).pid
+
+    @endpoint
+    def fork(self) -> int:
+        process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+        process.start()
+        return process.pid
+
+    @endpoint
+    def large(self, size: int) -> bytes:
+        return bytes(size)
+
+    @endpoint
+    def head(self, status: int, value: str) -> Response:
+        return Response("body", status, {"x-value": value})
+
+    @endpoint
+    def refused_stream(self) -> Iterator[str]:
+        raise InputError("not so")
+        yield ""
+
+    @endpoint
     def busy(self) -> None:
         raise Busy("come back later")
 
@@ -109,6 +152,16 @@ class Steps:
 
 @service(timeout=2)
 class Limited:
+    def close(self) -> None:
+        (HERE / "closed").touch()
+
+    @endpoint
+    def hold(self) -> Iterator[str]:
+        yield "begun"
+        while not (HERE / "go").exists():
+            time.sleep(0.01)
+        yield "done"
+
     @endpoint
     def stuck(self) -> None:
         time.sleep(600)
@@ -162,16 +215,11 @@ def metric(server: Served, name: str) -> float:
 
 def test_the_page_is_right(tmp_path, python_environment):
     pytest.importorskip("PIL", reason="needs the extra demo")
-    page = (pages.ROOT / "docs" / "services.md").read_text()
     (tmp_path / "models").symlink_to(pages.ROOT / "models")
     with ExitStack() as opened:
         reader = Reader(tmp_path, python_environment, opened)
-        for kind, block in pages.blocks(page):
+        for kind, block in pages.blocks_of("docs/services.md"):
             reader.follow(kind, block)
-        labels, read, again = reader.answers
-    assert json.loads(labels)["upright"] > 0.9
-    assert [line["text"] for line in json.loads(read)] == ["CUTONCE.RUNEVERYWHERE2026"]
-    assert json.loads(read) == ast.literal_eval(again)
 
 
 def test_endpoints_ask_models(serve):
@@ -221,6 +269,39 @@ def test_tokens_guard_services(serve, folder):
     server = serve("app.py:Alone", "--token-file", "tokens")
     assert server.ask("/alone/greet", b"")[0] == 401
     assert server.ask("/alone/greet", b"", authorization="Bearer a-token-of-the-tests")[0] == 200
+
+
+def test_what_an_endpoint_does_wrong_costs_no_place(serve):
+    server = serve("app.py:TryIt")
+    for _ in range(9):  # more than the places of both workers
+        status, answer = post(server, "/try-it/loud", size=3 << 20)
+        assert (status, len(answer["error"]) < 3000) == (400, True)
+        status, answer = post(server, "/try-it/leave")
+        assert (status, "SystemExit" in answer["error"]) == (500, True)
+        assert post(server, "/try-it/refused_stream") == (400, {"error": "not so"})
+        assert post(server, "/try-it/head", status=700, value="x")[0] == 500
+        assert post(server, "/try-it/head", status=200, value="x\r\ny: z")[0] == 500
+    status, headers, _ = server.ask("/try-it/head?status=201&value=x", b"")
+    assert (status, headers["x-value"]) == (201, "x")
+    assert post(server, "/try-it/other_loop", values=VALUES)[0] == 200
+    assert metric(server, "onnxsplit_service_executing") == 0
+    assert metric(server, "onnxsplit_service_worker_restarts_total") == 0
+
+
+def test_calls_whose_clients_leave_at_once_cost_no_place(serve):
+    server = serve("app.py:TryIt")
+    for _ in range(100):
+        connection = http.client.HTTPConnection(server.host)
+        connection.request("POST", "/try-it/quick")
+        connection.close()
+    wait_until(lambda: metric(server, "onnxsplit_service_executing") == 0, "all calls are over")
+    assert post(server, "/try-it/quick") == (200, "quick")
+
+
+def test_a_large_answer_comes_whole(serve):
+    server = serve("app.py:TryIt")
+    status, headers, body = server.ask("/try-it/large", b'{"size": 50000001}', content_type="application/json")
+    assert (status, headers["content-length"], len(body)) == (200, "50000001", 50000001)
 
 
 # Streams
@@ -299,6 +380,53 @@ def test_a_call_without_end_is_given_up_and_its_worker_replaced(serve):
     wait_until(lambda: before not in workers(server), "the worker is ended")
     _, after = wait_until(lambda: _first_answer(server, "/limited/ready"), "another takes calls")
     assert after != before
+
+
+def test_a_call_without_end_takes_no_other_with_it(serve, folder):
+    server = serve("app.py:Limited")
+    (pid,) = workers(server)
+    connection = http.client.HTTPConnection(server.host)
+    connection.request("POST", "/limited/hold")
+    stream = connection.getresponse()
+    assert stream.readline() == b"data: begun\n"
+    assert post(server, "/limited/stuck")[0] == 504
+    wait_until(lambda: any("a call does not stop" in line for line in server.log), "the worker is to end")
+    assert running([pid])
+    (folder / "go").touch()
+    assert stream.read().endswith(b"data: done\n\n")
+    connection.close()
+    wait_until(lambda: not running([pid]), "the worker ends")
+
+
+@pytest.mark.parametrize("way", ["child", "fork"])
+def test_what_a_worker_has_started_ends_with_it(serve, way):
+    server = serve("app.py:TryIt")
+    _, answer = post(server, f"/try-it/{way}")
+    child = int(answer)
+    for pid in workers(server):
+        os.kill(pid, signal.SIGKILL)  # the child has a copy of its socket
+    wait_until(lambda: not running([child]), "the child ends")
+    wait_until(lambda: metric(server, "onnxsplit_service_workers") == 2, "the workers are replaced")
+    _, answer = post(server, f"/try-it/{way}")
+    server.end()
+    assert not running([int(answer)])
+
+
+def test_a_worker_does_not_mix_an_edited_file_with_what_is_served(serve, folder):
+    server = serve("app.py:Alone")
+    (folder / "app.py").write_text(APP.replace("def greet", "def welcome"))
+    (pid,) = workers(server)
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: b"has changed; start the server again" in server.ask("/v2/health/ready")[2])
+    (folder / "app.py").write_text(APP)
+    wait_until(lambda: server.ask("/v2/health/ready")[0] == 200, "the service is back")
+    assert post(server, "/alone/greet") == (200, "hello you")
+
+
+def test_a_service_is_closed_with_its_worker(folder, python_environment):
+    with Served("app.py:Limited", environment=python_environment, folder=folder):
+        pass
+    assert (folder / "closed").exists()
 
 
 def _first_answer(server: Served, path: str) -> tuple[int, object] | None:
@@ -382,7 +510,8 @@ def test_the_server_is_ready_only_with_a_worker(serve):
         (APP, "bad.py", "has several services; add :NAME (TryIt, Steps, Limited, Alone)"),
         (APP, "bad.py:Other", "has no service 'Other'; it has TryIt, Steps, Limited, Alone"),
         (APP.replace('"model.plan"', '"other.plan"'), "bad.py:Steps", "its model 'chain' is not there"),
-        ("raise SystemExit(3)", "bad.py", "ended with exit code 3"),
+        ("raise SystemExit('no settings')", "bad.py", "SystemExit: no settings"),
+        ("import runtime.mine", "bad.py", "packages of these names are those of onnxsplit; rename yours"),
         (
             "from onnxsplit import *\n@service()\nclass A:\n  def __init__(self): raise OSError('no disk')\n"
             "  @endpoint\n  def a(self) -> None: ...",
@@ -415,4 +544,7 @@ def test_missing_files_and_equal_paths_are_refused(folder, python_environment):
         return done.stderr
 
     assert "no such file" in refusal("missing.py:Service")
-    assert "both have the path /alone" in refusal("app.py:Alone", "app.py:Alone")
+    assert "have the same name" in refusal("app.py:Alone", "app.py:Alone")
+    (folder / "other.py").write_text(APP.replace("class Alone", "class Other").replace("def greet", "def sum"))
+    (folder / "other.py").write_text((folder / "other.py").read_text().replace("@service()", '@service(path="/steps")'))
+    assert "both have the path /steps/sum" in refusal("app.py:Steps", "other.py:Other")

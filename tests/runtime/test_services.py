@@ -7,12 +7,13 @@ import base64
 import io
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import urlencode
 
 import numpy as np
 import pytest
 from PIL import Image
+from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import HTMLResponse
 
@@ -22,6 +23,10 @@ from runtime.services.parameters import Parameters
 from runtime.services.results import media_type, response_of
 
 JSON = "application/json"
+
+
+class Model(BaseModel):
+    x: int
 
 
 @dataclass
@@ -37,6 +42,17 @@ class Subject:
     def array(self, values: np.ndarray) -> None: ...
     def nothing(self) -> None: ...
     def words(self, words: list[str]) -> None: ...
+    def maybe(
+        self,
+        text: str | None = None,
+        data: Annotated[bytes, "a file"] | None = None,
+        words: list[str] | None = None,
+        image: Image.Image = None,  # type: ignore[assignment]
+        flag: bool = False,
+        point: Model = Model(x=1),  # noqa: B008
+        numbers: list[int] = [1],  # noqa: B006
+    ) -> None: ...
+    def asked(self, request: Request, text: str) -> None: ...
 
 
 def request(body: bytes = b"", kind: str = "", query: str = "") -> Request:
@@ -72,7 +88,7 @@ def png(width: int = 3, height: int = 2) -> bytes:
 
 def test_members_of_an_object_are_arguments():
     body = b'{"text": "a", "number": 2, "points": [{"x": 1}]}'
-    expected = {"text": "a", "number": 2, "flag": False, "points": [Point(1.0)]}
+    expected = {"text": "a", "number": 2, "points": [Point(1.0)]}
     assert arguments("several", body, JSON) == expected
     assert arguments("several", body) == expected
 
@@ -103,7 +119,7 @@ def test_a_field_that_is_a_list_may_be_given_several_times():
     ],
 )
 def test_bytes_come_in_every_form(body, kind):
-    assert arguments("raw", body, kind) == {"data": b"\x00\xff", "name": "none"}
+    assert arguments("raw", body, kind) == {"data": b"\x00\xff"}
 
 
 def test_text_for_bytes_in_a_form_is_its_bytes():
@@ -121,6 +137,34 @@ def test_an_array_is_made_of_lists():
     assert values.shape == (2, 2)
 
 
+@pytest.mark.parametrize(
+    ("field", "expected"),
+    [
+        (("text", b"[1]", None), "[1]"),
+        (("text", b"a", "a.txt"), "a"),
+        (("data", b"aGk=", None), b"aGk="),
+        (("data", b"\x00", "a.bin"), b"\x00"),
+        (("words", b"a", None), ["a"]),
+        (("flag", b"on", None), True),
+        (("point", b'{"x": 3}', None), Model(x=3)),
+        (("numbers", b"4", None), [4]),
+    ],
+)
+def test_fields_that_may_be_left_out_are_taken_from_forms(field, expected):
+    assert arguments("maybe", *form(field)) == {field[0]: expected}
+
+
+def test_what_is_left_out_keeps_the_default_of_the_method():
+    assert arguments("maybe") == {}
+    assert arguments("maybe", b'{"text": null, "image": null}', JSON) == {"text": None, "image": None}
+
+
+def test_a_method_may_take_the_request_itself():
+    found = arguments("asked", b'{"text": "a"}', "application/merge-patch+json")
+    assert found["request"].headers["content-type"] == "application/merge-patch+json"
+    assert found["text"] == "a"
+
+
 def test_a_method_without_parameters_takes_an_empty_body():
     assert arguments("nothing") == arguments("nothing", b"{}", JSON) == {}
 
@@ -136,11 +180,15 @@ def test_a_method_without_parameters_takes_an_empty_body():
         ("several", (b"abc", "text/plain"), "cannot be divided among text, number, flag, points"),
         ("several", (b"text=a&text=b", "application/x-www-form-urlencoded"), "'text' is given twice"),
         ("several", (b'{"text": "a"}', JSON, "text=b"), "'text' is given twice"),
-        ("several", (b"--limit\r\nno form", "multipart/form-data; boundary=limit"), "not the form"),
+        ("several", (b"--limit\r\nno form", "multipart/form-data; boundary=limit"), "cut off"),
         ("several", (b"x", "multipart/form-data"), "not the form"),
         ("picture", (b"no picture", "image/png"), "'image' cannot be read: .*10 bytes are no picture"),
         ("array", (b'{"values": [[1], [2, 3]]}', JSON), "'values' cannot be read"),
+        ("array", (b'{"values": "x"}', JSON), "does not fit"),
+        ("array", (b'{"values": null}', JSON), "does not fit"),
         ("raw", (b'{"data": "?"}', JSON), "does not fit"),
+        ("raw", (form(("data", b"whole", None))[0][:-4], "multipart/form-data; boundary=limit"), "cut off"),
+        ("several", (b'{"text": "a"}', "application/x-www-form-urlencoded"), "send content-type: application/json"),
         ("several", (b"[" * 100_000, JSON), "not JSON"),
     ],
 )
@@ -177,24 +225,25 @@ def test_a_method_whose_parameters_no_request_can_give_is_refused():
     ],
 )
 def test_a_result_becomes_a_response(result, kind, body):
-    response = response_of(result, Any)
+    response = asyncio.run(response_of(result, Any))
     assert response.headers["content-type"] == kind
     assert response.body == body
 
 
 def test_a_picture_becomes_a_png():
-    response = response_of(Image.new("L", (4, 5)), Any)
+    response = asyncio.run(response_of(Image.new("L", (4, 5)), Any))
     assert response.headers["content-type"] == "image/png"
     assert Image.open(io.BytesIO(response.body)).size == (4, 5)
 
 
 def test_what_is_no_data_is_refused():
     with pytest.raises(PipelineError, match=r"not JSON.*object"):
-        response_of({"a": object()}, Any)
+        asyncio.run(response_of({"a": object()}, Any))
 
 
-async def streamed(response: Any) -> bytes:
-    return b"".join([part async for part in response.body_iterator])
+async def streamed(result: Any, annotation: Any) -> tuple[str, bytes]:
+    response = await response_of(result, annotation)
+    return response.media_type, b"".join([part async for part in response.body_iterator])
 
 
 def test_an_iterator_becomes_events():
@@ -203,8 +252,23 @@ def test_an_iterator_becomes_events():
         yield {"a": 1}
         raise InputError("it ends early")
 
-    body = asyncio.run(streamed(response_of(parts(), Iterator[str])))
+    kind, body = asyncio.run(streamed(parts(), Iterator[str]))
+    assert kind == "text/event-stream"
     assert body == b'data: two\ndata: lines\n\ndata: {"a":1}\n\nevent: error\ndata: {"error":"it ends early"}\n\n'
+
+
+def test_no_text_forges_an_event():
+    _, body = asyncio.run(streamed(iter(["a\rdata: b\r\n\r\nc"]), Iterator[str]))
+    assert body == b"data: a\ndata: data: b\ndata: \ndata: c\n\n"
+
+
+def test_what_fails_before_the_first_part_is_no_stream():
+    def parts():
+        raise InputError("wrong from the start")
+        yield
+
+    with pytest.raises(InputError, match="wrong from the start"):
+        asyncio.run(response_of(parts(), Iterator[str]))
 
 
 def test_an_asynchronous_iterator_of_bytes_is_sent_as_it_is():
@@ -212,9 +276,7 @@ def test_an_asynchronous_iterator_of_bytes_is_sent_as_it_is():
         yield b"a"
         yield b"b"
 
-    response = response_of(parts(), AsyncIterator[bytes])
-    assert response.media_type == "application/octet-stream"
-    assert asyncio.run(streamed(response)) == b"ab"
+    assert asyncio.run(streamed(parts(), AsyncIterator[bytes])) == ("application/octet-stream", b"ab")
 
 
 def test_the_media_type_is_known_from_the_annotation():
@@ -281,6 +343,23 @@ def test_a_class_without_endpoints_is_refused():
         @service(models={"a": "a.plan", "b": "b.plan"})
         class Steps:
             def preprocess(self, x: int) -> None: ...
+
+    with pytest.raises(InputError, match="two endpoints 'read': every and read"):
+
+        @service()
+        class Twice:
+            @endpoint
+            def read(self) -> None: ...
+            @endpoint(name="read")
+            def every(self) -> None: ...
+
+    with pytest.raises(InputError, match=r"Static\.read is a staticmethod; an endpoint is a method"):
+
+        @service()
+        class Static:
+            @staticmethod
+            @endpoint
+            def read() -> None: ...
 
     with pytest.raises(InputError, match="may have letters"):
         endpoint(name="a/b")(lambda self: None)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
+from onnxsplit.errors import OnnxsplitError, one_line
 from runtime.gateway.http.bodies import Bodies, Body, headers_of
-from runtime.gateway.http.responses import SEND_BYTES
 from runtime.gateway.services.pool import ServicePool
+from runtime.logs import log_event
 
+_log = logging.getLogger("runtime.gateway")
 _OWN_HEADERS = (b"connection", b"transfer-encoding", b"date", b"server", b"keep-alive")
 _OWN_REQUEST_HEADERS = (*_OWN_HEADERS, b"authorization", b"content-encoding", b"content-length", b"expect")
 
@@ -42,18 +45,19 @@ class EndpointRoute:
         async with self._pool.call(self._endpoint, scope["path"], scope["query_string"], headers, body) as call:
             head = await call.head()
             kept = [(name, value) for name, value in head.headers if name.lower() not in _OWN_HEADERS]
-            await send({"type": "http.response.start", "status": head.status, "headers": kept})
-            async for data, more in call.bodies():
-                await _send_body(send, data, more=more)
-
-
-async def _send_body(send: Send, data: bytes, *, more: bool) -> None:
-    """Send a part of a response in steps, between which other requests go on."""
-    view = memoryview(data)
-    for start in range(0, max(1, len(view)), SEND_BYTES):
-        step = view[start : start + SEND_BYTES]
-        last = start + SEND_BYTES >= len(view)
-        await send({"type": "http.response.body", "body": step, "more_body": more or not last})
+            begun = False
+            try:
+                async for data, more in call.parts():
+                    if not begun:
+                        begun = True
+                        await send({"type": "http.response.start", "status": head.status, "headers": kept})
+                    await send({"type": "http.response.body", "body": data, "more_body": more})
+            except OnnxsplitError as error:
+                if not begun:
+                    raise
+                # The connection is closed, by which the client notices that the response is not whole.
+                name, reason = self._pool.description.name, one_line(error)
+                log_event(_log, logging.WARNING, "a response ended early", service=name, reason=reason)
 
 
 def routes(pools: tuple[ServicePool, ...], bodies: Bodies) -> list[BaseRoute]:

@@ -26,6 +26,7 @@ class Dispatch(Generic[W, C]):
         self._waiting: deque[C] = deque()
         self._workers: dict[W, set[C]] = {}
         self._suspected: set[C] = set()
+        self._retired: set[W] = set()
 
     @property
     def workers(self) -> int:
@@ -56,7 +57,20 @@ class Dispatch(Generic[W, C]):
 
     def down(self, worker: W) -> list[C]:
         """A worker has died; returns the calls that it executed."""
+        self._retired.discard(worker)
         return list(self._workers.pop(worker, ()))
+
+    def retire(self, worker: W) -> None:
+        """Give a worker no more calls."""
+        self._retired.add(worker)
+
+    def is_retired(self, worker: W) -> bool:
+        """Whether a worker gets no more calls."""
+        return worker in self._retired
+
+    def calls_of(self, worker: W) -> set[C]:
+        """The calls that a worker executes."""
+        return self._workers.get(worker, set())
 
     def over(self, call: C) -> W | None:
         """A call is over, or nobody waits for it; returns the worker that executed it."""
@@ -79,7 +93,11 @@ class Dispatch(Generic[W, C]):
             return None
         call = self._waiting[0]
         most = 1 if call in self._suspected else self._capacity
-        free = [w for w, calls in self._workers.items() if len(calls) < most and self._suspected.isdisjoint(calls)]
+        free = [
+            worker
+            for worker, calls in self._workers.items()
+            if len(calls) < most and self._suspected.isdisjoint(calls) and worker not in self._retired
+        ]
         if not free:
             return None
         worker = min(free, key=lambda each: len(self._workers[each]))

@@ -95,7 +95,7 @@ class ServiceCall:
         assert isinstance(part, ResponseHead)
         return part
 
-    async def bodies(self) -> AsyncIterator[tuple[bytes, bool]]:
+    async def parts(self) -> AsyncIterator[tuple[bytes, bool]]:
         """The parts of the response, and whether more follow. The worker sends the next when the last was taken.
 
         Raises:
@@ -155,6 +155,7 @@ class ServicePool:
         self._calls: dict[int, ServiceCall] = {}
         self._begun: dict[ServiceCall, float] = {}
         self._sent: dict[int, ServiceCall] = {}  # that a worker executes, whether or not anybody waits for them
+        self._overdue: set[ServiceCall] = set()  # that do not stop
         self._numbers = itertools.count(1)
         self._keeping: list[asyncio.Task[None]] = []
         self._started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -251,7 +252,8 @@ class ServicePool:
         asks: dict[int, asyncio.Task[None]] = {}
         up = False
         try:
-            await worker.described()
+            if await worker.described() != self.description:
+                raise InputError(f"{self._target} has changed; start the server again to serve what it is now")
             worker.channel.send(Begin(dict(self._folders())))
             while (received := await worker.channel.receive()) is not None:
                 message, frames = received
@@ -271,6 +273,7 @@ class ServicePool:
                         asked.cancel()
                 else:
                     self._told(message, frames)
+            await worker.end()
             raise LaunchFailed(f"a worker of {self.description.name} {await worker.story()}")
         except ProtocolError as error:
             raise LaunchFailed(f"a worker of {self.description.name} sent what it must not: {error}") from error
@@ -283,9 +286,12 @@ class ServicePool:
     def _lost(self, worker: WorkerProcess, *, up: bool) -> None:
         """A worker has ended. Its calls are executed again, unless too many workers have died of them."""
         self._failures += not up
-        for call in self._dispatch.down(worker):
+        calls = self._dispatch.down(worker)
+        innocent = not self._overdue.isdisjoint(calls)  # it was killed for another call
+        for call in calls:
             self._sent.pop(call.message.call, None)
-            call.deaths += 1
+            self._overdue.discard(call)
+            call.deaths += not innocent
             if call.begun:
                 call.give(CallEnded(0, "NodeFailed", "the worker that executed the call has died"))
             elif call.deaths >= self.description.attempts:
@@ -333,7 +339,7 @@ class ServicePool:
             self._dispatch.over(call)
         elif error is not None:
             worker.channel.send(CancelCall(call.message.call))  # it has its place until the worker says that it is over
-            if isinstance(error, DeadlineExceeded):
+            if isinstance(error, DeadlineExceeded) and not call.begun:
                 asyncio.get_running_loop().call_later(_OVERDUE_S, self._end_overdue, worker, call)
         self._changed.set()
 
@@ -343,12 +349,17 @@ class ServicePool:
             worker.channel.send(More(call.message.call))
 
     def _end_overdue(self, worker: WorkerProcess, call: ServiceCall) -> None:
-        """End a worker that has not stopped executing a call."""
+        """End a worker that has not stopped executing a call, once its other calls are over."""
         if self._dispatch.worker_of(call) is worker:
-            log_event(
-                _log, logging.ERROR, "worker is ended: a call does not stop", service=self.description.name,
-                endpoint=call.message.endpoint,
-            )  # fmt: skip
+            name, endpoint = self.description.name, call.message.endpoint
+            log_event(_log, logging.ERROR, "a call does not stop; its worker ends", service=name, endpoint=endpoint)
+            self._overdue.add(call)
+            self._dispatch.retire(worker)
+            self._end_if_overdue(worker)
+
+    def _end_if_overdue(self, worker: WorkerProcess) -> None:
+        """End a retired worker that executes nothing, or nothing but what does not stop."""
+        if self._dispatch.calls_of(worker) <= self._overdue:
             worker.kill()
 
     def _send_calls(self) -> None:
@@ -367,5 +378,8 @@ class ServicePool:
         if call is not None:
             call.give(message, frames[0] if frames else b"")
         if isinstance(message, CallEnded) and (sent := self._sent.pop(message.call, None)) is not None:
-            self._dispatch.over(sent)
+            worker = self._dispatch.over(sent)
+            if worker is not None and self._dispatch.is_retired(worker):
+                self._end_if_overdue(worker)
+            self._overdue.discard(sent)
             self._send_calls()

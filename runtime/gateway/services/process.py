@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from onnxsplit.errors import InputError
-from onnxsplit.session import quiet_environment, without_interrupts
+from onnxsplit.session import quiet_environment
 from runtime.errors import LaunchFailed
 from runtime.services.messages import Channel, Described, ServiceDescription, ToGateway, Unusable
 
 _TARGET = re.compile(r"(?P<file>.+\.py)(?::(?P<name>[A-Za-z_]\w*))?")
+_LAST_WORDS_S = 0.5  # for what a process has sent before it ended
 _GRACE_S = 7.0  # longer than a worker gives its user's code once the socket is closed
 
 
@@ -36,10 +40,10 @@ def target_of(text: str) -> ServiceTarget | None:
 
 
 class WorkerProcess:
-    """A worker process.
+    """A worker process. It is made within the event loop that uses it.
 
     Attributes:
-        pid: its number.
+        pid: its number, and that of its process group.
         channel: the socket to it.
     """
 
@@ -47,6 +51,19 @@ class WorkerProcess:
         self.pid = process.pid
         self.channel = channel
         self._process = process
+        self._loop = asyncio.get_running_loop()
+        self._descriptor = os.pidfd_open(process.pid)
+        self._ended: asyncio.Future[int] = self._loop.create_future()
+        self._loop.add_reader(self._descriptor, self._has_ended)
+
+    def _has_ended(self) -> None:
+        """The process has ended: end what it has started, and after its last messages the socket."""
+        self._loop.remove_reader(self._descriptor)
+        os.close(self._descriptor)
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)  # its number is not given to others before the wait
+        self._ended.set_result(self._process.wait())
+        self._loop.call_later(_LAST_WORDS_S, self.channel.close)
 
     @classmethod
     async def start(cls, target: ServiceTarget) -> WorkerProcess:
@@ -83,31 +100,34 @@ class WorkerProcess:
         return message.service
 
     def kill(self) -> None:
-        """Kill the process."""
-        self._process.kill()
+        """Kill the process, and all that it has started."""
+        if not self._ended.done():
+            self._process.kill()
 
     async def story(self) -> str:
         """How the process has ended."""
-        code = await asyncio.get_running_loop().run_in_executor(None, self._process.wait)
+        code = await asyncio.shield(self._ended)
         return f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
 
     async def end(self) -> None:
         """Close the socket, by which the process ends, and kill it if it does not."""
         self.channel.close()
-        loop = asyncio.get_running_loop()
-        try:
-            await loop.run_in_executor(None, self._process.wait, _GRACE_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            await loop.run_in_executor(None, self._process.wait)
+        if not (await asyncio.wait((self._ended,), timeout=_GRACE_S))[0]:
+            self.kill()
+            await self._ended
 
 
 def _spawn(target: ServiceTarget, theirs: socket.socket) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-P", "-m", "runtime.services.worker", str(theirs.fileno()), str(target.file)]
     if target.name is not None:
         command.append(target.name)
-    with without_interrupts():
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(),), env=quiet_environment())
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        pass_fds=(theirs.fileno(),),
+        env=quiet_environment(),
+        process_group=0,  # Ctrl-C is not for it, and it is ended with all that it has started
+    )
 
 
 async def _describe(target: ServiceTarget) -> ServiceDescription:

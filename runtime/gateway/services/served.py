@@ -48,15 +48,20 @@ def read_services(
 
 
 def _check_paths(services: Sequence[ServedService]) -> None:
-    """Check that no two services have the same path."""
-    taken: dict[str, ServedService] = {}
+    """Check that no two services have the same name, or a path in common."""
+    names: dict[str, ServedService] = {}
+    paths: dict[str, ServedService] = {}
     for service in services:
-        other = taken.setdefault(service.description.path, service)
+        other = names.setdefault(service.description.name, service)
         if other is not service:
-            raise InputError(
-                f"{other.target} and {service.target} both have the path {service.description.path}; give one another: "
-                "@service(path=...)"
-            )
+            raise InputError(f"{other.target} and {service.target} have the same name; rename a class")
+        for path in service.description.paths:
+            other = paths.setdefault(path, service)
+            if other is not service:
+                raise InputError(
+                    f"{other.target} and {service.target} both have the path {path}; give one another: "
+                    "@service(path=...)"
+                )
 
 
 def _with_models(folders: Sequence[Path], services: Sequence[ServedService]) -> list[Path]:
