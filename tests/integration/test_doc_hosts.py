@@ -6,6 +6,7 @@ import re
 import shutil
 import tomllib
 from contextlib import ExitStack
+from typing import Any
 
 import build
 import kubernetes_validate
@@ -49,6 +50,24 @@ def section(page: str, title: str) -> list[tuple[str, str]]:
     return pages.blocks(text.split("\n## ")[0])
 
 
+def applied(reader: Reader) -> list[dict[str, Any]]:
+    """The objects that Kubernetes was given last."""
+    return [*yaml.safe_load_all((reader.folder / "applied.yaml").read_text())]
+
+
+def fitting(documents: list[dict[str, Any]]) -> list[str]:
+    """The kinds of objects, all of which fit the schemas of Kubernetes."""
+    for document in documents:
+        kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
+    return [document["kind"] for document in documents]
+
+
+def allowed(reader: Reader) -> dict[str, str]:
+    """The keys that the gateway in Kubernetes allows, by their files."""
+    (found,) = (one for one in applied(reader) if one["kind"] == "ConfigMap")
+    return found["data"]
+
+
 def test_from_one_host_to_three_in_a_few_lines(reader):
     blocks = section("docs/hosts.md", "From one host to three")
     pages.block_of("docs/hosts.md", 'caller = "local"')
@@ -61,12 +80,37 @@ def test_from_one_host_to_three_in_a_few_lines(reader):
 
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
 def test_what_kubernetes_is_given_fits_its_schemas(reader):
+    for stages, plan in ((2, "model.plan"), (3, "new.plan")):
+        partition(reader.folder / "model.onnx", stages=stages, out=reader.folder / plan, costs="analytic")
+    reader.follow("console", pages.block_of("docs/hosts.md", "$ pip install -e '.[cpu,deploy]'"))
+    assert fitting(applied(reader)).count("StatefulSet") == 2
+    reader.follow("console", pages.block_of("docs/hosts.md", "$ onnxsplit deploy kubernetes new.plan"))
+    reader.follow("output", pages.block_of("docs/hosts.md", "Wrote "))
+    for command in re.findall(r"^ +(kubectl .+)$", reader.said, re.MULTILINE):
+        reader.type(command)
+    assert fitting(applied(reader)).count("StatefulSet") == 3
+    asked = (reader.folder / "kubectl.log").read_text()
+    assert re.findall(r"^-n default (\w+)", asked, re.MULTILINE) == ["rollout", "wait", "delete"]
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
+def test_kubernetes_is_given_a_new_key_for_one_that_is_revoked(reader):
     partition(reader.folder / "model.onnx", stages=2, out=reader.folder / "model.plan", costs="analytic")
     reader.follow("console", pages.block_of("docs/hosts.md", "$ pip install -e '.[cpu,deploy]'"))
-    documents = [*yaml.safe_load_all((reader.folder / "applied.yaml").read_text())]
-    assert [d["kind"] for d in documents].count("StatefulSet") == 2
-    for document in documents:
-        kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
+    before = allowed(reader)
+    reader.follow("console", pages.block_of("docs/hosts.md", "$ onnxsplit keys revoke manifests"))
+    after = allowed(reader)
+    assert [name for name in before if after[name] != before[name]] == ["stage-1.key"]
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
+def test_kserve_is_given_a_runtime_and_a_service(reader):
+    partition(reader.folder / "model.onnx", stages=2, out=reader.folder / "model.plan", costs="analytic")
+    reader.follow("console", pages.block_of("docs/hosts.md", "$ onnxsplit deploy kserve"))
+    runtime, service = sorted(applied(reader), key=lambda one: one["kind"], reverse=True)
+    assert (runtime["kind"], service["kind"]) == ("ServingRuntime", "InferenceService")
+    model = service["spec"]["predictor"]["model"]
+    assert (model["runtime"], model["storageUri"]) == (runtime["metadata"]["name"], "pvc://plans/model.plan")
 
 
 def test_nodes_that_ssh_starts_serve(reader):

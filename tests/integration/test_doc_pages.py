@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
@@ -165,6 +166,13 @@ def test_settings_are_read_from_the_file_and_reach_the_server(reader):
     wait_until(
         lambda: any("max-batch = 8 (onnxsplit.toml)" in line for line in reader.server.log), "the log of a setting"
     )
+
+
+def test_a_range_of_replicas_starts_with_the_least(reader):
+    partition(build.save(build.chain(), reader.folder), stages=2, out=reader.folder / "model.plan", costs="analytic")
+    block = pages.block_of("docs/running.md", "from onnxsplit import Pipeline, ReplicaRange")
+    reader.follow("python", block)
+    assert reader.said.strip() == re.search(r"# (.+):", block)[1]
 
 
 def test_a_run_leaves_a_timeline(reader):

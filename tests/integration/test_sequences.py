@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import queue
+import re
+import shutil
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from typing import Any
 import build
 import numpy as np
 import onnxruntime
+import pages
 import psutil
 import pytest
 import zoo
@@ -30,6 +34,7 @@ pytest.importorskip("uvicorn", reason="needs the extra serve")
 
 import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
+from reader import Reader
 from served import PENDING, Served
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
@@ -220,28 +225,30 @@ KINDS = pytest.mark.parametrize("kind", ["http", "grpc", "stream"])
 
 
 @pytest.fixture(scope="module")
-def speech(tmp_path_factory) -> Iterator[tuple[Served, Path]]:
-    """A server of silero-vad, and its file."""
+def speech(tmp_path_factory) -> Iterator[tuple[Reader, Path]]:
+    """A reader who serves silero-vad as the page says, and the model's file."""
     try:
         model = zoo.fetch("silero-vad")
     except zoo.FetchError as error:
         pytest.skip(str(error))
-    plan = tmp_path_factory.mktemp("speech") / "vad.plan"
-    partition(model, stages=2, out=plan, costs="measured", rounds=0)
-    with Served(plan, "--state", "state=stateN", environment=ENVIRONMENT) as running:
-        yield running, model
+    folder = tmp_path_factory.mktemp("speech")
+    partition(model, stages=2, out=folder / "vad.plan", costs="measured", rounds=0)
+    with ExitStack() as opened:
+        reader = Reader(folder, ENVIRONMENT, opened)
+        reader.follow("console", pages.block_of("docs/serving.md", "$ onnxsplit serve vad.plan"))
+        yield reader, model
 
 
 @KINDS
 def test_a_trained_model_hears_a_series_of_chunks_as_one_session_does(speech, kind):
-    server, model = speech
+    reader, model = speech
     rng, time = np.random.default_rng(3), np.arange(60 * 512) / 16000
     voice = np.sin(2 * np.pi * (140 + 30 * np.sin(2 * np.pi * 3 * time)) * time) * (np.sin(2 * np.pi * 1.1 * time) > 0)
     sound = (0.4 * voice + 0.01 * rng.standard_normal(time.size)).astype(np.float32)
     hand = ByHand(model, {"state": "stateN"}, state=np.zeros((2, 1, 128), np.float32))
     context, rate = np.zeros(64, np.float32), np.array(16000, np.int64)
     found, wanted = [], []
-    with Client(server, kind, "vad") as client:
+    with Client(reader.server, kind, "vad") as client:
         for at, chunk in enumerate(sound.reshape(60, 512)):
             heard = {"input": np.concatenate([context, chunk])[None], "sr": rate}
             answer = client.ask(heard, 9, sequence_start=at == 0, sequence_end=at == 59)
@@ -250,6 +257,26 @@ def test_a_trained_model_hears_a_series_of_chunks_as_one_session_does(speech, ki
             context = chunk[-64:]
     same(found, wanted)
     assert np.ptp(wanted) > 0.01  # the model tells the chunks apart
+
+
+def test_the_client_of_the_page_hears_its_chunks(speech):
+    reader, model = speech
+    reader.follow("python", pages.block_of("docs/serving.md", "import numpy as np\nimport tritonclient"))
+    hand = ByHand(model, {"state": "stateN"}, state=np.zeros((2, 1, 128), np.float32))
+    heard = np.random.default_rng(0).standard_normal((3, 1, 576), np.float32)
+    wanted = [hand.step(input=chunk, sr=np.array(16000)) for chunk in heard]
+    found = np.array(re.findall(r"\[\[(.+)\]\]", reader.said), np.float32)
+    np.testing.assert_allclose(found, np.ravel(wanted), rtol=0, atol=1e-6)
+
+
+def test_a_repository_has_states_as_the_page_names_them(planned, tmp_path):
+    shutil.copytree(planned.plan, tmp_path / "models" / "lstm" / "1")
+    series = chunks(1)
+    with ExitStack() as opened:
+        reader = Reader(tmp_path, ENVIRONMENT, opened)
+        reader.follow("console", pages.block_of("docs/serving.md", "$ onnxsplit serve models/ --state"))
+        client = opened.enter_context(Client(reader.server, "grpc", "lstm"))
+        same(client.series(7, series), planned.wanted(series))
 
 
 @KINDS

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+import pages
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -203,6 +205,19 @@ def test_a_stage_without_a_range_stays_as_it_is():
 
 
 # The host
+
+
+def test_what_is_logged_reads_as_the_page_shows():
+    def changes(curve: Curve, most: int, processors: int) -> list[Decision]:
+        stages = [SimulatedStage(lambda _: 1.0, 2), SimulatedStage(curve, 2)]
+        run = Run(stages, [between(2, 2), between(2, most)], processors=processors).go(100)
+        return [one for _, one in run.decisions]
+
+    grown, shrunk = changes(lambda now_s: 3.0 if now_s < 20 else 0.16, 3, 64)
+    stays, *_ = changes(lambda _: 1.86, 3, 4)
+    shown = pages.block_of("docs/running.md", "stage 1: 2 to 3 replicas").splitlines()
+    for line, decision in zip(shown, (grown, shrunk, stays), strict=True):
+        assert re.fullmatch(pages.pattern(line), str(decision)), str(decision)
 
 
 def test_no_node_is_added_where_the_nodes_would_have_more_threads_than_there_are_processors():

@@ -21,7 +21,11 @@ COMMANDS = {
     ),
     # scp -r SOURCE HOST:TARGET
     "scp": '[[ $1 == -r ]] || exit 2\nhost=${3%%:*}; mkdir -p "$PLACE/$host"; exec cp -r "$2" "$PLACE/$host/${3#*:}"',
-    "kubectl": f'[[ "$1 $2" == "apply -k" ]] || exit 2\nexec {shutil.which("kubectl")} kustomize "$3" > applied.yaml',
+    # writes what it would apply, and the commands that follow
+    "kubectl": (
+        '[[ $1 == -n && $3 =~ ^(rollout|wait|delete)$ ]] && exec printf "%s\\n" "$*" >> kubectl.log\n'
+        f'[[ "$1 $2" == "apply -k" ]] || exit 2\nexec {shutil.which("kubectl")} kustomize "$3" > applied.yaml'
+    ),
     # a job of three tasks on one host
     "sbatch": '[[ $1 == --ntasks=* ]] || exit 2\nshift; SLURM_JOB_NODELIST=here exec bash "$@"',
     "scontrol": "echo here",
