@@ -32,7 +32,7 @@ from onnxsplit.cli.settings import different
 
 if TYPE_CHECKING:
     from runtime.balance.replicas import Replicas
-    from runtime.gateway.models.repository import StartPipeline
+    from runtime.gateway.models.loader import StartPipeline
     from runtime.gateway.models.version import Version
     from runtime.gateway.serve_options import ServeOptions
     from runtime.gateway.server import Serving
@@ -67,6 +67,16 @@ class _NodeSource:
             from runtime.wire.security import Security, check_address
 
             check_address(self.bind, Security(insecure=True))  # only its form: it is checked again with the keys
+
+    def check_versions(self, versions: list[Version], *, newest: int, poll: bool) -> None:
+        """Refuse several pipelines at once at the one address that nodes started by hand connect to."""
+        from onnxsplit.errors import InputError
+
+        if self.launcher == "none" and (poll or min(newest, len(versions)) > 1):
+            raise InputError(
+                "--launcher none waits for the nodes of one plan at one address, so it has neither --poll nor several "
+                "--versions at once; start another server for another plan"
+            )
 
     def check_replicas(self, replicas: Replicas) -> None:
         """Refuse a range of replicas for nodes that are not started on this host."""
@@ -210,6 +220,7 @@ def command(output: Output, *, plans: tuple[Path, ...], **values: Any) -> None:
         options["micro_batch"] = gateway["max_batch"]
     versions = [] if gateway["poll"] and is_empty(plans) else find_versions(plans)
     source = click.get_current_context().get_parameter_source("launcher")
+    nodes.check_versions(versions, newest=gateway["versions"], poll=bool(gateway["poll"]))
     nodes.check_hosts(versions, chosen=source is not ParameterSource.DEFAULT)
     if len(versions) > 1:
         _share_host(options, versions)

@@ -46,7 +46,7 @@ class Limits:
 
     def level(self, priority: int) -> int:
         """The level of a request: 1 enters first."""
-        return priority if 1 <= priority <= self.levels else (self.levels + 1) // 2
+        return priority if 1 <= priority <= self.levels else self.levels // 2 + 1
 
 
 class QueuedRequest(Struct, eq=False):
@@ -179,21 +179,32 @@ class RequestQueue:
         return rows
 
     def next(self, now_ns: int) -> list[QueuedRequest]:
-        """Take out the requests of the next batch; none when it is better to wait for more."""
-        if not self._waiting:
-            return []
-        first = self._waiting[0]
+        """Take out the requests of the next batch; none when it is better to wait for more.
+
+        A batch that waits for more does not hold up those behind it.
+        """
+        tried: set[Hashable] = set()
+        for first in self._waiting:
+            if first.key in tried:
+                continue
+            batch, is_full = self._batch(first)
+            if is_full or now_ns >= first.arrived_ns + self.limits.max_delay_ns:
+                for request in batch:
+                    self.leave(request)
+                return batch
+            tried.add(first.key)
+        return []
+
+    def _batch(self, first: QueuedRequest) -> tuple[list[QueuedRequest], bool]:
+        """The requests that can be joined with one, which is the first of its key, and whether no more would fit."""
         batch, rows = [first], first.rows
-        if first.key is not None:
-            for other in list(self._waiting)[1:] if self.limits.max_batch > first.rows else ():
-                if other.key == first.key and rows + other.rows <= self.limits.max_batch:
-                    batch.append(other)
-                    rows += other.rows
-            if rows < self.limits.max_batch and now_ns < first.arrived_ns + self.limits.max_delay_ns:
-                return []
-        for request in batch:
-            self.leave(request)
-        return batch
+        if first.key is None:
+            return batch, True
+        for other in list(self._waiting) if self.limits.max_batch > first.rows else ():
+            if other is not first and other.key == first.key and rows + other.rows <= self.limits.max_batch:
+                batch.append(other)
+                rows += other.rows
+        return batch, rows >= self.limits.max_batch
 
     def late(self, now_ns: int, *, idle: bool = False) -> list[QueuedRequest]:
         """Take out the requests at the head that can no longer meet their deadlines.
@@ -230,10 +241,12 @@ class RequestQueue:
         self.size_bytes += sum(request.size_bytes for request in requests)
 
     def due_ns(self) -> int | None:
-        """Time at which the first batch enters although it is not full; None when no batch waits for more."""
+        """Time at which the next batch enters although it is not full; None when no batch waits for more."""
         if not self._waiting or self._waiting[0].key is None:
             return None
-        return self._waiting[0].arrived_ns + self.limits.max_delay_ns
+        if not self.limits.max_delay_ns:
+            return self._waiting[0].arrived_ns
+        return min(one.arrived_ns for one in self._waiting if one.key is not None) + self.limits.max_delay_ns
 
     def completed(self, rows: int, entered_ns: int, now_ns: int) -> None:
         """Record that an execution of ``rows`` has ended."""

@@ -25,8 +25,9 @@ from runtime.gateway.grpc.servicer import GrpcServicer
 from runtime.gateway.http.app import HttpApp
 from runtime.gateway.http.bodies import Bodies
 from runtime.gateway.http.connections import Connection
+from runtime.gateway.models.loader import Loader, StartPipeline
 from runtime.gateway.models.polling import Poller
-from runtime.gateway.models.repository import Repository, StartPipeline
+from runtime.gateway.models.repository import Repository
 from runtime.gateway.models.version import Version, find_versions, is_empty
 from runtime.gateway.openai.catalogue import Catalogue
 from runtime.gateway.openai.routes import OpenAIEndpoint
@@ -102,7 +103,8 @@ def serve(
     """
     options.check()
     versions = [] if options.poll_s and is_empty(folders) else find_versions(folders)
-    options.warmup.check({version.model: version.plan for version in versions})
+    if not options.poll_s:  # otherwise a model that comes later may have such inputs
+        options.warmup.check({version.model: version.plan for version in versions})
     tokens = read_tokens(options.token_file) if options.token_file is not None else ()
     access = AccessControl(tokens, loopback=options.host in LOOPBACK)
     with listen(options.host, options.http_port) as listener:
@@ -129,15 +131,9 @@ class _Gateway:
         self._options = options
         self._folders = folders
         self._ending = asyncio.Event()
-        self._repository = Repository(
-            versions,
-            start,
-            options.limits,
-            newest=options.newest,
-            warmup=options.warmup,
-            sequences=options.sequences(list(dict.fromkeys(version.model for version in versions))),
-            grace_s=options.ready_grace_s,
-        )
+        sequences = options.sequences(list(dict.fromkeys(version.model for version in versions)))
+        loader = Loader(start, options.limits, options.warmup, sequences, options.ready_grace_s)
+        self._repository = Repository(versions, loader, newest=options.newest)
         self._regions = SharedMemoryRegions(
             options.shared_memory, allowed=options.host in LOOPBACK, most_bytes=options.max_body
         )
@@ -205,7 +201,7 @@ class _Gateway:
             asyncio.get_running_loop().add_signal_handler(number, self._stop)
 
     def _stop(self) -> None:
-        self._repository.ending = True
+        self._repository.stop()
         for pool in self._pools:
             pool.stop()
         self._ending.set()

@@ -17,6 +17,7 @@ import zmq
 pytest.importorskip("uvicorn", reason="needs the extra serve")
 
 import tritonclient.grpc as triton_grpc
+from processes import children_of
 from served import Served
 from waiting import wait_until
 
@@ -212,3 +213,15 @@ def test_a_model_that_was_unloaded_has_no_grace(plan, python_environment):
         assert server.ask("/v2/repository/models/m/unload", b"{}")[0] == 200
         assert server.ask("/v2/models/m/ready")[0] == 503
         assert server.ask("/v2/health/ready")[0] == 503
+
+
+def test_a_stage_whose_nodes_do_not_come_back_has_no_grace(plan, python_environment):
+    with Served(plan, "--ready-grace", 600, environment=python_environment) as server:
+
+        def refused() -> bool:
+            for node in children_of(server.process.pid, "runtime.node"):
+                node.kill()
+            return server.ask("/v2/health/ready")[0] == 503
+
+        assert server.ask("/v2/health/ready")[0] == 200
+        wait_until(refused, "requests are refused, and the server is not ready")

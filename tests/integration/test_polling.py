@@ -17,8 +17,9 @@ pytest.importorskip("uvicorn", reason="needs the extra serve")
 from served import Served
 from waiting import wait_until
 
-from onnxsplit import LaunchFailed, OnnxsplitError
+from onnxsplit import LaunchFailed
 from onnxsplit.planning.planner import partition
+from runtime.gateway.models.loader import Loader
 from runtime.gateway.models.polling import Poller
 from runtime.gateway.models.repository import Repository
 from runtime.gateway.models.version import find_versions
@@ -94,11 +95,17 @@ def test_models_come_change_and_go_while_clients_are_answered(plans, tmp_path, p
         assert answer(server, "beta") == before
 
 
+@pytest.fixture
+def no_pause(monkeypatch):
+    """A plan that did not start is tried again at the next look."""
+    monkeypatch.setattr("runtime.gateway.models.polling._FIRST_PAUSE_S", 0.0)
+
+
 class Scene:
     """A repository in this process, without its own watching."""
 
     def __init__(self, folder: Path, start=lambda folder, _: Pipeline.launch(folder, threads=1)) -> None:
-        self.models = Repository(find_versions([folder]), start, Limits())
+        self.models = Repository(find_versions([folder]), Loader(start, Limits()))
         self.poller = Poller(self.models, [folder])
 
     def states(self) -> dict[str, str]:
@@ -135,7 +142,7 @@ def test_a_plan_that_is_still_being_copied_is_tried_again_and_the_old_one_goes_o
     asyncio.run(main())
 
 
-def test_a_successor_that_does_not_start_leaves_its_predecessor_in_place(plans, tmp_path):
+def test_a_successor_that_does_not_start_leaves_its_predecessor_in_place(plans, tmp_path, caplog, no_pause):
     put(plans[2], tmp_path / "model")
     allowed = [True]
 
@@ -150,9 +157,13 @@ def test_a_successor_that_does_not_start_leaves_its_predecessor_in_place(plans, 
         before = await scene.value()
         allowed[0] = False
         put(plans[3], tmp_path / "model")
-        with pytest.raises(OnnxsplitError, match="no memory"):
+        for _ in range(3):
             await scene.poller.look()
         assert await scene.value() == before
+        assert sum("no memory" in record.getMessage() for record in caplog.records) == 1
+        allowed[0] = True
+        await scene.poller.look()
+        assert await scene.value() != before, "it is tried again"
         await scene.models.close(0.0)
 
     asyncio.run(main())
@@ -193,6 +204,119 @@ def test_a_plan_that_is_missing_for_a_moment_is_not_unloaded(plans, tmp_path):
         await scene.poller.look()
         assert scene.states() == {"b/1": "READY"}
         assert all(version.state is VersionState.READY for version in scene.models)
+        await scene.models.close(0.0)
+
+    asyncio.run(main())
+
+
+def test_folders_without_a_plan_change_nothing(plans, tmp_path, caplog):
+    put(plans[2], tmp_path / "models" / "a.plan")
+
+    async def main():
+        scene = Scene(tmp_path / "models")
+        await scene.models.load("a")
+        (tmp_path / "models" / "20241130").mkdir()
+        (tmp_path / "models" / "00").mkdir()
+        for _ in range(3):
+            await scene.poller.look()
+        assert scene.states() == {"a/1": "READY"}
+        (tmp_path / "models" / "plan.json").write_text("{")
+        for _ in range(3):
+            await scene.poller.look()
+        assert scene.states() == {"a/1": "READY"}
+        assert sum("damaged" in record.getMessage() for record in caplog.records) == 1
+        await scene.models.close(0.0)
+
+    asyncio.run(main())
+
+
+def test_a_new_model_that_did_not_start_is_loaded_once_it_can(plans, tmp_path, no_pause):
+    put(plans[2], tmp_path / "models" / "a")
+    broken = [True]
+
+    def start(folder, abandoned):
+        if folder.name == "b" and broken[0]:
+            raise LaunchFailed("no memory")
+        return Pipeline.launch(folder, threads=1, abandoned=abandoned)
+
+    async def main():
+        scene = Scene(tmp_path / "models", start)
+        await scene.models.load("a")
+        put(plans[3], tmp_path / "models" / "b")
+        await scene.poller.look()
+        assert scene.states() == {"a/1": "READY", "b/1": "UNAVAILABLE"}
+        assert scene.models.ready, "what arrives does not make the server unready"
+        broken[0] = False
+        await scene.poller.look()
+        assert scene.states() == {"a/1": "READY", "b/1": "READY"}
+        await scene.models.close(0.0)
+
+    asyncio.run(main())
+
+
+def test_models_that_come_and_go_leave_no_gap(plans, tmp_path):
+    put(plans[2], tmp_path / "models" / "model" / "1")
+    put(plans[3], tmp_path / "models" / "model" / "2")
+    seen = []
+
+    async def main():
+        def start(folder, abandoned):
+            seen.append((folder.name, scene.models.loaded("model").number if seen else None, scene.models.ready))
+            return Pipeline.launch(folder, threads=1, abandoned=abandoned)
+
+        scene = Scene(tmp_path / "models", start)
+        await scene.models.load("model")
+        shutil.rmtree(tmp_path / "models" / "model" / "2")
+        await scene.poller.look()
+        await scene.poller.look()
+        assert scene.states() == {"model/1": "READY"}
+        put(plans[4], tmp_path / "models" / "model" / "3")
+        await scene.poller.look()
+        await scene.models.close(0.0)
+
+    asyncio.run(main())
+    assert seen == [("2", None, False), ("1", "2", True), ("3", "1", True)]
+
+
+def test_models_do_not_wait_for_each_other(plans, tmp_path):
+    put(plans[2], tmp_path / "models" / "a")
+    put(plans[3], tmp_path / "models" / "b")
+    going_on = threading.Event()
+
+    def start(folder, abandoned):
+        if folder.name == "b":
+            going_on.wait()
+        return Pipeline.launch(folder, threads=1, abandoned=abandoned)
+
+    async def main():
+        scene = Scene(tmp_path / "models", start)
+        loading = asyncio.ensure_future(scene.models.load("b"))
+        await asyncio.sleep(0)
+        await scene.models.load("a")
+        await scene.models.unload("a")
+        assert scene.states() == {"a/1": "UNAVAILABLE", "b/1": "LOADING"}
+        going_on.set()
+        await loading
+        await scene.models.close(0.0)
+
+    asyncio.run(main())
+
+
+def test_a_link_is_a_model_of_its_own_name(plans, tmp_path):
+    link = tmp_path / "models" / "prod.plan"
+    link.parent.mkdir()
+    link.symlink_to(plans[2])
+
+    async def main():
+        scene = Scene(tmp_path / "models")
+        await scene.models.load("prod")
+        new = tmp_path / "models" / ".new"
+        new.symlink_to(plans[3])
+        before = scene.models.find("prod")
+        new.rename(link)
+        await scene.poller.look()
+        assert scene.states() == {"prod/1": "READY"}
+        assert scene.models.find("prod") is not before
         await scene.models.close(0.0)
 
     asyncio.run(main())

@@ -19,6 +19,7 @@ from runtime.errors import LaunchFailed
 from runtime.gateway.errors import NotLoaded, status_of
 from runtime.gateway.http import codec
 from runtime.gateway.models import repository as repositories
+from runtime.gateway.models.loader import Loader
 from runtime.gateway.models.repository import Repository
 from runtime.gateway.models.version import PlanPlace, find_versions, read_version
 from runtime.gateway.protocol.documents import VersionState
@@ -66,7 +67,7 @@ def test_a_model_whose_coordinator_failed_is_started_again(chain_plan, monkeypat
         return Pipeline.launch(folder, abandoned=abandoned)
 
     async def scene():
-        models = Repository(find_versions([chain_plan]), start, Limits())
+        models = Repository(find_versions([chain_plan]), Loader(start, Limits()))
         (version,) = models
         await models.load(version.model)
         watching = asyncio.ensure_future(models.watch())
@@ -92,7 +93,7 @@ def test_a_model_whose_coordinator_failed_is_started_again(chain_plan, monkeypat
 
 def test_a_model_whose_event_loop_stands_still_is_not_ready(chain_plan, monkeypatch):
     async def scene():
-        models = Repository(find_versions([chain_plan]), lambda folder, _: Pipeline.launch(folder), Limits())
+        models = Repository(find_versions([chain_plan]), Loader(lambda folder, _: Pipeline.launch(folder), Limits()))
         (version,) = models
         await models.load(version.model)
         monkeypatch.setattr("runtime.coordinator.loop._TURN_S", -1.0)
@@ -114,7 +115,7 @@ def test_a_launch_that_is_no_longer_awaited_is_stopped(chain_plan, tmp_path):
 
 def test_an_unload_that_waits_does_not_keep_the_server_from_ending(chain_plan):
     async def scene():
-        models = Repository(find_versions([chain_plan]), lambda folder, _: Pipeline.launch(folder), Limits())
+        models = Repository(find_versions([chain_plan]), Loader(lambda folder, _: Pipeline.launch(folder), Limits()))
         (version,) = models
         await models.load(version.model)
         for node in version.pipeline.nodes:
@@ -133,7 +134,7 @@ def test_an_unload_that_waits_does_not_keep_the_server_from_ending(chain_plan):
 
 def test_a_load_whose_client_goes_away_is_made_whole(chain_plan):
     async def scene():
-        models = Repository(find_versions([chain_plan]), lambda folder, _: Pipeline.launch(folder), Limits())
+        models = Repository(find_versions([chain_plan]), Loader(lambda folder, _: Pipeline.launch(folder), Limits()))
         (version,) = models
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.01):
@@ -160,7 +161,7 @@ def test_requests_that_were_recognised_go_to_the_pipeline_that_is_loaded_now(cha
         return codec.parse(body, length, read)
 
     async def scene():
-        models = Repository(find_versions([chain_plan]), lambda folder, _: Pipeline.launch(folder), Limits())
+        models = Repository(find_versions([chain_plan]), Loader(lambda folder, _: Pipeline.launch(folder), Limits()))
         (version,) = models
         service = Service(models, SharedMemoryRegions(), Workers(1))
 
@@ -210,7 +211,7 @@ def test_sequences_outlast_a_coordinator_and_end_with_their_plan(chain_plan, mon
 
     async def scene():
         start = lambda folder, _: Pipeline.launch(folder)  # noqa: E731
-        models = Repository(find_versions([chain_plan]), start, Limits(), sequences=options)
+        models = Repository(find_versions([chain_plan]), Loader(start, Limits(), sequences=options))
         (version,) = models
         await models.load(version.model)
         once = await step(version, X, start=True)
@@ -231,7 +232,7 @@ def test_sequences_outlast_a_coordinator_and_end_with_their_plan(chain_plan, mon
         assert np.array_equal(await step(version, {}), wanted[1])
 
         successor = read_version(PlanPlace(version.model, version.number, chain_plan))
-        await models.update([successor], [])
+        await models.update(version.model, [successor], [])
         assert options.room.taken == options.room.taken_bytes == 0
         with pytest.raises(InputError, match="sequence 1 is not running"):
             await step(successor, {})

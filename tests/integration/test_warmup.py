@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
 
@@ -72,3 +73,18 @@ def test_a_file_for_no_model_and_a_number_out_of_range_are_refused(plan, tmp_pat
         ("1000000000", "too many or too few"),
     ):
         assert reason in refusal(plan, "--warmup", word, environment=python_environment)
+
+
+def test_a_server_that_is_told_to_stop_gives_its_warm_up_up(plan, tmp_path, python_environment):
+    save_npz(tmp_path / "many.npz", {"x": np.ones((20_000, 32), np.float32)})
+    command = [sys.executable, "-P", "-m", "onnxsplit", "serve", plan, "--http-port", "0", "--grpc-port", "off"]
+    command += ["--warmup", "100000", "--warmup", tmp_path / "many.npz"]  # hours
+    server = subprocess.Popen([*map(str, command)], env=python_environment, stderr=subprocess.PIPE, text=True)
+    assert server.stderr is not None
+    with server.stderr as log:
+        assert any("pipeline ready" in line for line in log)
+        server.send_signal(signal.SIGTERM)
+        rest = log.read()
+    assert server.wait(60) == 0
+    assert "stopping" in rest
+    assert "loaded" not in rest

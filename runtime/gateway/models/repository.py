@@ -5,34 +5,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from onnxsplit.errors import OnnxsplitError, shown
-from onnxsplit.plan_files import load_plan
-from runtime.errors import PipelineClosed
-from runtime.gateway.batcher import Batcher
-from runtime.gateway.counters import Counters
 from runtime.gateway.errors import NotLoaded, UnknownModel, client_message
-from runtime.gateway.models.grace import ReadyGrace
+from runtime.gateway.models.loader import Loader, load_each
 from runtime.gateway.models.version import Version
-from runtime.gateway.models.warmup import Warmup
 from runtime.gateway.protocol.documents import VersionState
-from runtime.gateway.queue import Limits
-from runtime.gateway.sequences import SequenceOptions
 from runtime.logs import log_event
-from runtime.pipeline import Pipeline
-from runtime.requests.microbatch import batch_axes
 
 _WATCH_INTERVAL_S = 0.5
-_LOOK_S = 0.05  # between two looks at texts that are to end
 _RESTART_WAIT_S, _MOST_RESTART_WAIT_S = 1.0, 60.0
 _log = logging.getLogger("runtime.gateway")
-
-StartPipeline = Callable[[Path, Callable[[], bool]], Pipeline]
-"""Starts the pipeline of a plan. Blocks until its nodes are ready, or until the given function returns True."""
 
 
 @dataclass
@@ -42,53 +29,42 @@ class _Restart:
     at_s: float
     wait_s: float
     cause: str
+    running: bool = False
 
 
 class Repository:
     """The versions of all models. :meth:`watch` starts pipelines again that have ended unexpectedly.
 
+    Changes of one model come one after another; those of different models do not wait for each other.
+
     Args:
         versions: All versions.
-        start: Starts a pipeline.
-        limits: Limits of the queue before each pipeline.
+        loader: Starts and ends their pipelines.
         newest: How many of the newest versions of a model are loaded.
-        warmup: Requests that a version answers before it is ready.
-        sequences: How the states of sequences are kept.
-        grace_s: Seconds for which a version that was ready stays ready after a stage lost its last node.
 
     Attributes:
         ending: True when the server is stopping; no requests are accepted then.
-        changes: How often a version began or ceased to take requests.
         requirements: What must be ready beside the models: each says why it is not, or None.
     """
 
-    def __init__(
-        self,
-        versions: Iterable[Version],
-        start: StartPipeline,
-        limits: Limits,
-        *,
-        newest: int = 1,
-        warmup: Warmup | None = None,
-        sequences: SequenceOptions | None = None,
-        grace_s: float = 0.0,
-    ) -> None:
+    def __init__(self, versions: Iterable[Version], loader: Loader, *, newest: int = 1) -> None:
         self._models: dict[str, dict[str, Version]] = {}
         for version in versions:
             self._models.setdefault(version.model, {})[version.number] = version
-        self._start = start
-        self._limits = limits
+        self._loader = loader
         self._newest = newest
-        self._warmup = warmup or Warmup()
-        self._sequences = sequences or SequenceOptions()
-        self._grace_s = grace_s
-        self._changing = asyncio.Lock()
+        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._restarts: dict[Version, _Restart] = {}
-        self._ended = asyncio.Event()  # the server is stopping, and accepted requests have _patience_s
-        self._patience_s = 0.0
+        self._restarting: set[asyncio.Task[None]] = set()
+        self._unloaded: set[str] = set()  # models that were unloaded by hand
+        self._arriving: set[Version] = set()  # loaded while others serve
         self.ending = False
-        self.changes = 0
         self.requirements: list[Callable[[], str | None]] = []
+
+    @property
+    def changes(self) -> int:
+        """How often a version began or ceased to take requests."""
+        return self._loader.changes
 
     def __iter__(self) -> Iterator[Version]:
         for versions in self._models.values():
@@ -109,12 +85,15 @@ class Repository:
 
     @property
     def active(self) -> tuple[Version, ...]:
-        """The versions that take requests, are being loaded, or will be started again."""
-        return tuple(
-            version
-            for version in self
-            if version.state is not VersionState.UNAVAILABLE or version.batcher is not None or version in self._restarts
-        )
+        """The versions that take requests, are being loaded, or will be started again.
+
+        A version that arrives while the server serves counts once it is loaded.
+        """
+        return tuple(version for version in self if self._is_active(version))
+
+    def _is_active(self, version: Version) -> bool:
+        stopped = version.state is VersionState.UNAVAILABLE or version in self._arriving
+        return not stopped or version.batcher is not None or version in self._restarts
 
     def find(self, model: str, number: str = "") -> Version:
         """A version of a model. Without a number, the newest one that is loaded, or else the newest one.
@@ -170,23 +149,27 @@ class Repository:
             await asyncio.sleep(_WATCH_INTERVAL_S)
             for version in self:
                 pipeline = version.pipeline
-                if pipeline is not None and version.state is VersionState.READY and pipeline.ended:
+                lost = pipeline is not None and version.state is VersionState.READY and pipeline.ended
+                if pipeline is not None and lost and version not in self._restarts:
                     self._restarts[version] = _Restart(time.monotonic(), _RESTART_WAIT_S, pipeline.trouble or "")
             for version, restart in list(self._restarts.items()):
-                if time.monotonic() >= restart.at_s and not self.ending:
-                    await self._restart(version, restart)
+                if time.monotonic() >= restart.at_s and not restart.running and not self.ending:
+                    restart.running = True
+                    task = asyncio.ensure_future(self._restart(version, restart))
+                    self._restarting.add(task)
+                    task.add_done_callback(self._restarting.discard)
 
     async def _restart(self, version: Version, restart: _Restart) -> None:
         """Close a version's pipeline and start another."""
-        async with self._changing:
-            if version not in self._restarts:  # it was unloaded or loaded meanwhile
+        async with self._locks[version.model]:
+            if self._restarts.get(version) is not restart or self.ending:  # it was unloaded or loaded meanwhile
                 return
             cause = f"its pipeline ended and is started again: {restart.cause}"
             if version.pipeline is not None:
                 log_event(_log, logging.ERROR, "pipeline ended", model=version.model, reason=restart.cause)
-                await self._drop(version, NotLoaded(f"model {version.model!r} takes no requests: {cause}"))
+                await self._loader.drop(version, cause)
             try:
-                await self._load(version, cause)
+                await self._loader.load(version, cause)
                 del self._restarts[version]
             except Exception as error:
                 version.reason = f"{cause}; {version.reason}"
@@ -194,18 +177,8 @@ class Repository:
                 restart.wait_s = min(2 * restart.wait_s, _MOST_RESTART_WAIT_S)
                 reason = client_message(error)
                 log_event(_log, logging.ERROR, "pipeline not started again yet", model=version.model, reason=reason)
-
-    async def _drop(self, version: Version, reason: OnnxsplitError) -> None:
-        """Close a version's pipeline. Requests that wait for it fail with ``reason``."""
-        pipeline, batcher = version.pipeline, version.batcher
-        version.pipeline, version.batcher, version.text = None, None, None
-        self.changes += 1
-        version.state, version.reason = VersionState.UNAVAILABLE, str(reason)
-        if batcher is not None:
-            batcher.refuse(reason)
-            batcher.close()
-        if pipeline is not None:
-            await asyncio.get_running_loop().run_in_executor(None, pipeline.close)
+            finally:
+                restart.running = False
 
     async def load(self, model: str) -> None:
         """Load the newest versions of a model, except those that are loaded.
@@ -214,56 +187,21 @@ class Repository:
             UnknownModel: There is no such model.
             OnnxsplitError: A pipeline did not start; the version's reason says why.
         """
-        versions = self.versions(model)
-        await self._to_the_end(self._load_all(versions[-self._newest :]))
+        self.find(model)
+        self._unloaded.discard(model)
+        await self._to_the_end(self._load_all(model))
 
-    async def _load_all(self, versions: Sequence[Version]) -> None:
-        async with self._changing:
-            for version in versions:
+    async def _load_all(self, model: str) -> None:
+        async with self._locks[model]:
+            for version in list(self._models.get(model, {}).values())[-self._newest :]:
                 if version.batcher is None and not self.ending:
                     self._restarts.pop(version, None)
-                    await self._load(version)
+                    await self._loader.load(version)
 
     @staticmethod
     async def _to_the_end(change: Coroutine[Any, Any, None]) -> None:
         """Complete a change even when the client that asked for it goes away."""
         await asyncio.shield(asyncio.ensure_future(change))
-
-    async def _load(self, version: Version, reason: str = "it is being loaded") -> None:
-        version.state, version.reason = VersionState.LOADING, reason
-        begun = time.monotonic()
-        loop = asyncio.get_running_loop()
-        try:
-            version.plan = await loop.run_in_executor(None, load_plan, version.folder)
-            version.states = self._sequences.states(version.model, version.plan)
-            version.pipeline = await loop.run_in_executor(None, self._start, version.folder, lambda: self.ending)
-            await loop.run_in_executor(None, version.open_text)
-            warm_up = self._warmup.run
-            warmed = await loop.run_in_executor(None, warm_up, version.model, version.folder, version.pipeline)
-        except Exception as error:
-            version.state, version.reason = VersionState.UNAVAILABLE, client_message(error)
-            failed, version.pipeline, version.text = version.pipeline, None, None
-            if failed is not None:
-                await loop.run_in_executor(None, failed.close)
-            raise
-        version.counters, version.grace = Counters(), ReadyGrace(self._grace_s)
-        version.batcher = Batcher(version.pipeline, self._limits, version.counters)
-        version.open_sequences(self._sequences)
-        self.changes += 1
-        if version.text_problem:
-            log_event(_log, logging.WARNING, "no text", model=version.model, reason=version.text_problem)
-        version.state, version.reason = VersionState.READY, ""
-        if self._limits.max_batch > 1 and batch_axes(version.plan, version.plan.outputs) is None:
-            log_event(_log, logging.WARNING, "not batched: it has no proven batch axis", model=version.model)
-        log_event(
-            _log,
-            logging.INFO,
-            "loaded",
-            model=version.model,
-            version=version.number,
-            warmup=warmed,
-            seconds=round(time.monotonic() - begun, 2),
-        )
 
     async def unload(self, model: str) -> None:
         """Answer the requests that a model has accepted, and close its pipelines.
@@ -271,125 +209,83 @@ class Repository:
         Raises:
             UnknownModel: There is no such model.
         """
-        await self._to_the_end(self._unload_all(self.versions(model)))
+        self.find(model)
+        self._unloaded.add(model)
+        await self._to_the_end(self._unload_all(model))
 
-    async def _unload_all(self, versions: Sequence[Version]) -> None:
-        async with self._changing:
-            for version in versions:
+    async def _unload_all(self, model: str) -> None:
+        async with self._locks[model]:
+            for version in list(self._models.get(model, {}).values()):
                 self._restarts.pop(version, None)
-                await self._unload(version, "it was unloaded; load it with the repository API")
+                await self._loader.unload(version, "it was unloaded; load it with the repository API")
 
-    async def _unload(self, version: Version, reason: str, patience_s: float | None = None) -> None:
-        pipeline, batcher = version.pipeline, version.batcher
-        if pipeline is None or batcher is None:
-            version.end_sequences()
-            return
-        version.state, version.reason = VersionState.UNLOADING, reason
-        version.batcher, version.text = None, None
-        self.changes += 1
-        if not await self._emptied(version, batcher, patience_s):
-            batcher.refuse(PipelineClosed("the server stopped before it executed the request"))
-        batcher.close()
-        version.end_sequences()
-        await asyncio.get_running_loop().run_in_executor(None, pipeline.close)
-        version.pipeline = None
-        version.state = VersionState.UNAVAILABLE
+    async def update(self, model: str, found: Sequence[Version], removed: Sequence[Version]) -> None:
+        """Take over what has changed in the folder of a model.
 
-    async def _emptied(self, version: Version, batcher: Batcher, patience_s: float | None) -> bool:
-        """Wait until a batcher is empty, and all texts and all requests of sequences have ended.
-
-        Returns:
-            Whether they have; False when the patience ended first. Patience of None lasts until the server stops.
-        """
-
-        async def empty() -> None:
-            await batcher.empty()
-            while version.text_figures.unfinished or (version.sequences is not None and version.sequences.pending):
-                await asyncio.sleep(_LOOK_S)
-                await batcher.empty()
-
-        emptied = asyncio.ensure_future(empty())
-        try:
-            if patience_s is None:
-                ended = asyncio.ensure_future(self._ended.wait())
-                await asyncio.wait((emptied, ended), return_when=asyncio.FIRST_COMPLETED)
-                ended.cancel()
-                patience_s = self._patience_s
-            return bool((await asyncio.wait((emptied,), timeout=patience_s))[0])
-        finally:
-            emptied.cancel()
-
-    async def update(self, found: Sequence[Version], removed: Sequence[Version]) -> None:
-        """Take over what has changed in the folders of the models.
-
-        The newest versions of a model that is loaded, or new, are loaded. A version whose plan was replaced takes
-        requests until its successor is ready. Then older versions, and those removed, are unloaded.
+        The newest versions of the model are loaded, unless it was unloaded by hand. Versions that are loaded take
+        requests until then, also those that were replaced or removed; after that, these and older ones are unloaded.
 
         Args:
+            model: Name of the model.
             found: New versions, and successors of versions with the same number.
             removed: Versions whose folders are gone.
 
         Raises:
-            OnnxsplitError: A version did not start; the others were taken over, and its predecessor goes on.
+            OnnxsplitError: A version did not start. The others were taken over, and its predecessor goes on.
         """
-        await self._to_the_end(self._update(found, removed))
+        await self._to_the_end(self._update(model, found, removed))
 
-    async def _update(self, found: Sequence[Version], removed: Sequence[Version]) -> None:
-        async with self._changing:
-            touched = dict.fromkeys(version.model for version in (*found, *removed))
-            active = {version.model for version in self.active} | {
-                v.model for v in found if v.model not in self._models
-            }
-            ended, problems = list(removed), list[OnnxsplitError]()
-            for version in removed:
-                del self._models[version.model][version.number]
-            for version in found:
-                versions = self._models.setdefault(version.model, {})
-                before = versions.get(version.number)
-                if before is not None and before.batcher is not None and not await self._loads(version, problems):
-                    continue  # the one before goes on
-                if before is not None:
-                    ended.append(before)
-                numbers = sorted({*versions, version.number}, key=int)
-                self._models[version.model] = {
-                    number: (versions | {version.number: version})[number] for number in numbers
-                }
-            for model in touched:
-                await self._settle(model, problems, loads=model in active)
-            for version in ended:
-                self._restarts.pop(version, None)
-                await self._unload(version, "its plan was replaced or removed")
+    async def _update(self, model: str, found: Sequence[Version], removed: Sequence[Version]) -> None:
+        async with self._locks[model]:
+            before = self._models.get(model, {})
+            after = _sorted({n: v for n, v in before.items() if v not in removed} | {v.number: v for v in found})
+            self._models[model] = _sorted(after | before)  # those before take requests while others are loaded
+            problems: list[OnnxsplitError] = []
+            if model not in self._unloaded and not self.ending:
+                arriving = [version for version in list(after.values())[-self._newest :] if version.batcher is None]
+                self._arriving.update(arriving)
+                problems = await load_each(self._loader, arriving)
+                self._arriving.difference_update(arriving)
+            kept = {n: self._successor(before.get(n), version) for n, version in after.items()}
+            self._models[model] = kept
+            if not kept:
+                del self._models[model]
+            await self._retire([version for version in before.values() if version not in kept.values()], kept)
         if problems:
             raise problems[0]
 
-    async def _settle(self, model: str, problems: list[OnnxsplitError], *, loads: bool) -> None:
-        """Load the newest versions of a model, then unload the others."""
-        versions = list(self._models[model].values())
-        newest = versions[-self._newest :]
-        for version in newest:
-            if loads and version.batcher is None:
-                await self._loads(version, problems)
-        if any(version.batcher is not None for version in newest):
-            for version in versions:
-                if version not in newest:
-                    await self._unload(version, "a newer version was loaded")
-        if not versions:
-            del self._models[model]
+    @staticmethod
+    def _successor(before: Version | None, after: Version) -> Version:
+        """The version that has a number from now on: one that takes requests goes on if its successor does not."""
+        return before if before is not None and before.batcher is not None and after.batcher is None else after
 
-    async def _loads(self, version: Version, problems: list[OnnxsplitError]) -> bool:
-        """Load a version; False when it does not start."""
-        try:
-            if not self.ending:
-                await self._load(version)
-        except OnnxsplitError as error:
-            problems.append(error)
-            return False
-        return True
+    async def _retire(self, gone: Sequence[Version], kept: Mapping[str, Version]) -> None:
+        """Unload versions that are gone, and of those that are kept the ones that newer ones replace."""
+        for version in gone:
+            self._restarts.pop(version, None)
+            await self._loader.unload(version, "its plan was replaced or removed")
+        versions = list(kept.values())
+        if any(version.batcher is not None for version in versions[-self._newest :]):
+            for version in versions[: -self._newest]:
+                await self._loader.unload(version, "a newer version was loaded")
+
+    def stop(self) -> None:
+        """Accept nothing more, and give up what is being loaded."""
+        self.ending = True
+        self._loader.stop()
 
     async def close(self, patience_s: float) -> None:
         """Accept nothing more, answer accepted requests for at most ``patience_s`` seconds, and close all pipelines."""
         self.ending = True
-        self._patience_s = patience_s
-        self._ended.set()
-        async with self._changing:
-            await asyncio.gather(*(self._unload(v, "the server is stopping", patience_s) for v in self))
+        self._loader.end(patience_s)
+        await asyncio.gather(*(self._close(model, patience_s) for model in {*self._models, *self._locks}))
+
+    async def _close(self, model: str, patience_s: float) -> None:
+        async with self._locks[model]:
+            versions = list(self._models.get(model, {}).values())
+            await asyncio.gather(*(self._loader.unload(v, "the server is stopping", patience_s) for v in versions))
+
+
+def _sorted(versions: Mapping[str, Version]) -> dict[str, Version]:
+    """Versions by number, the oldest first."""
+    return {number: versions[number] for number in sorted(versions, key=int)}

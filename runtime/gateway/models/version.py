@@ -7,6 +7,8 @@ models/                          a repository: the models "resnet" and others
 
 from __future__ import annotations
 
+import os
+import re
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +33,8 @@ from runtime.text.text import Text
 
 _STAGE_DIGITS = 6
 _PLAN_DIGITS = 12  # of the identity of a plan, in a fingerprint
+
+_NUMBER = re.compile("0|[1-9][0-9]{0,17}")  # of a version, as clients of Triton can ask for it
 
 TEXT: Literal["text"] = "text"
 
@@ -117,7 +121,10 @@ class Version:
         if self._why_stopped() is not None:
             return False
         assert self.pipeline is not None
-        complete = not self._stages_without_node()
+        down = self._stages_without_node()
+        complete = not down
+        if any(all(node.state == "circuit open" for node in self.pipeline.nodes if node.stage == one) for one in down):
+            return False  # its requests are refused, not held
         held = self.grace.holds(complete=complete, now_s=time.monotonic())
         return held and (not complete or self.pipeline.unreachable is None)
 
@@ -263,7 +270,9 @@ def _versions_in(folder: Path) -> list[PlanPlace]:
     name = _model_name(folder)
     if (folder / PLAN_FILE).exists():
         return [PlanPlace(name, "1", folder)]
-    numbered = sorted((inner for inner in _folders(folder) if inner.name.isdecimal()), key=lambda one: int(one.name))
+    numbered = sorted((one for one in _folders(folder) if _NUMBER.fullmatch(one.name)), key=lambda one: int(one.name))
+    if not any((inner / PLAN_FILE).exists() for inner in numbered):
+        return []
     return [PlanPlace(name, inner.name, inner) for inner in numbered]
 
 
@@ -276,7 +285,8 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _model_name(folder: Path) -> str:
-    return folder.resolve().name.removesuffix(".plan") or "model"
+    whole = os.path.abspath(folder)  # noqa: PTH100  a link has a name of its own
+    return Path(whole).name.removesuffix(".plan") or "model"
 
 
 def find_versions(folders: Iterable[Path]) -> list[Version]:

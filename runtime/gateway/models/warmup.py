@@ -78,16 +78,13 @@ class Warmup:
         if self.requests and not texts and plan.example_inputs is not None:
             sets.append(load_npz(example_file(folder, plan)))
         try:
-            generations = [pipeline.generate([0], max_tokens=_TEXT_TOKENS, timeout=_REQUEST_S) for _ in range(texts)]
-            each = max(1, self.requests)
-            answers = [pipeline.submit(inputs, timeout=_REQUEST_S) for inputs in sets for _ in range(each)]
-            for generation in generations:
-                generation.result()
-            for answer in answers:
-                answer.result()
+            for _ in range(texts):
+                pipeline.generate([0], max_tokens=_TEXT_TOKENS, timeout=_REQUEST_S).result()
+            requests = (inputs for inputs in sets for _ in range(max(1, self.requests)))
+            answers = sum(1 for _ in pipeline.map(requests, timeout=_REQUEST_S))
         except OnnxsplitError as error:
             raise LaunchFailed(f"a warm-up request of model {name!r} failed: {error}") from error
-        return len(generations) + len(answers)
+        return texts + answers
 
 
 def _fits(inputs: Mapping[str, Array], plan: Plan) -> bool:

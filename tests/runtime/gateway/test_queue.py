@@ -176,6 +176,20 @@ def test_priorities_are_levels_and_what_is_no_level_has_the_middle_one():
     assert [Limits().level(priority) for priority in (0, 1, 2)] == [1, 1, 1]
 
 
+def test_with_two_levels_the_first_is_before_requests_without_a_priority():
+    assert [Limits(levels=2).level(priority) for priority in (0, 1, 2)] == [2, 1, 2]
+
+
+def test_a_batch_that_waits_for_more_does_not_hold_up_those_behind_it():
+    waiting = queue_of(important(2, "old", key="a"), levels=3, max_batch=4, max_delay_ns=100)
+    waiting.join(important(1, "new", key="b", at=90))
+    assert waiting.due_ns() == 100
+    assert waiting.next(99) == []
+    assert names(waiting.next(100)) == ["old"]
+    assert waiting.next(189) == []
+    assert names(waiting.next(190)) == ["new"]
+
+
 def test_more_important_requests_enter_first_and_equals_in_their_order():
     made = queue_of(*(important(level, f"{level}{n}") for n, level in enumerate((2, 3, 1, 2, 1))), levels=3)
     assert [names(made.next(0))[0] for _ in range(5)] == ["12", "14", "20", "23", "31"]
