@@ -75,7 +75,7 @@ def _what_instead(path: Path) -> str:
         return f"it is a file of the plan {path.parent}. Name the folder: {shlex.quote(str(path.parent))}"
     if path.suffix == ".npz":
         return "it holds tensors (.npz), as --inputs takes them. Name the folder of a plan"
-    if path.suffix == ".onnx" or _begins_as_model(path):
+    if _begins_as_model(path):
         return f"it is a model. Make a plan of it: onnxsplit partition {shlex.quote(str(path))}"
     return f"it is a file. {make}"
 

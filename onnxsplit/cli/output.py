@@ -32,7 +32,9 @@ class Output:
         self.as_json = as_json
         self._quiet = quiet or as_json
         self._verbose = verbose
-        self._progress = sys.stderr.isatty() and not quiet
+        self._progress = (
+            sys.stderr.isatty() and os.environ.get("TERM") not in (None, "", "dumb", "unknown") and not quiet
+        )
 
     def say(self, what: str) -> None:
         """Show progress: one line that is replaced, only on a terminal; with ``--verbose``, a line for each step."""

@@ -8,7 +8,7 @@ import inspect
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from types import ModuleType
 from typing import Any
@@ -62,12 +62,12 @@ def _loaded(source: Source) -> Any:
         MissingDependency: the code needs a module that is not installed.
     """
     assert source.name is not None
+    if source.path is not None and not source.path.is_file():
+        raise ExportError(f"no such file: {source.path}")
     try:
         if source.path is None:
             module = importlib.import_module(source.text.rpartition(":")[0])
         else:
-            if not source.path.is_file():
-                raise ExportError(f"no such recipe: {source.path}")
             spec = importlib.util.spec_from_file_location(source.path.stem, source.path)
             assert spec is not None
             assert spec.loader is not None
@@ -112,6 +112,7 @@ def _made(named: Any, source: Source, options: ExportOptions) -> Any:
                 f"{source.text} is a {type(named).__name__}, not a function that makes a model; leave out --set"
             )
         return named
+    _check_parameters(named, source, options.parameters)
     try:
         made = named(**options.parameters)
     except ModuleNotFoundError as error:
@@ -125,6 +126,21 @@ def _made(named: Any, source: Source, options: ExportOptions) -> Any:
             f"{source.text} returned a {type(made).__name__}, expected an onnxsplit.export.Recipe or a model"
         )
     return made
+
+
+def _check_parameters(named: Callable[..., Any], source: Source, given: Mapping[str, Any]) -> None:
+    """Check that a function takes what ``--set`` gives.
+
+    Raises:
+        ExportError: it does not; the message lists what it takes.
+    """
+    try:
+        inspect.signature(named).bind(**given)
+    except TypeError as error:
+        takes = ", ".join(inspect.signature(named).parameters) or "no arguments"
+        raise ExportError(f"{source.text} cannot be called: {error}; it takes {takes} (--set NAME=VALUE)") from error
+    except ValueError:  # a class of C code has no signature
+        return
 
 
 def _broken(source: Source, error: Exception) -> ExportError:

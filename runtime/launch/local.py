@@ -45,8 +45,9 @@ class LocalHandle:
         with self._log.open("rb") as stream:
             stream.seek(max(0, self._log.stat().st_size - _LOG_TAIL_BYTES))
             lines = stream.read().decode(errors="replace").splitlines()[-_LOG_TAIL_LINES:]
-        tail = "".join(f"\n    {line}" for line in lines) if lines else " (empty)"
-        return f"{how}; its log {self._log} ends with:{tail}"
+        if not lines:
+            return f"{how}; its log {self._log} is empty"
+        return f"{how}; its log {self._log} ends with:" + "".join(f"\n    {line}" for line in lines)
 
     def kill(self) -> None:
         """Kill the process at once, even if it is suspended or stuck."""

@@ -68,6 +68,8 @@ class ServiceDeclaration:
 
 
 def service(
+    _bare: None = None,
+    /,
     *,
     models: Mapping[str, str | Path] | None = None,
     path: str | None = None,
@@ -99,6 +101,8 @@ def service(
     Raises:
         InputError: an argument is invalid, or the class has no endpoint.
     """
+    if _bare is not None:
+        raise InputError("@service is a call: write @service(), or @service(models={...})")
 
     def declare(declared: C) -> C:
         if not isinstance(declared, type):

@@ -197,7 +197,7 @@ def check_name(name: str | None, services: Mapping[str, type], file: Path) -> ty
     if name is None and len(unique) == 1:
         return unique[0]
     if not services:
-        raise InputError(f"{file} has no service; mark a class with @service from onnxsplit")
+        raise InputError(f"{file} has no service; mark a class with @service(...) from onnxsplit")
     have = ", ".join(services)
     raise InputError(
         f"{file} has no service {name!r}; it has {have}" if name else f"{file} has several services; add :NAME ({have})"

@@ -300,7 +300,7 @@ BAD = [
     (["merge", "letters", "-o", "m.onnx"], "letters is not a plan directory"),
     (["merge", "good.plan", "-o", "nowhere/m.onnx"], "cannot write nowhere/m.onnx"),
     (["node", "--connect", "tcp://10.0.0.1:5555"], "leaves this host"),
-    (["export", "absent.py", "-o", "m.onnx"], "no such recipe: absent.py"),
+    (["export", "absent.py", "-o", "m.onnx"], "no such file: absent.py"),
     (["export", "model.pkl", "-o", "m.onnx"], "there is no 'model.pkl'; a source is: FILE.py"),
 ]
 

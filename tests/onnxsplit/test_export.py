@@ -165,7 +165,7 @@ def test_sources_are_recognised_by_form_and_content(tmp_path):
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        ("absent.py", "no such recipe"),
+        ("absent.py", "no such file"),
         ("model.xyz", r"there is no 'model.xyz'; a source is: FILE.py.*\.cbm"),
         ("hf://nothing", "write hf://ORG/REPO"),
         ("hf://org/repo/../../etc/passwd", "write hf://ORG/REPO"),
@@ -299,7 +299,7 @@ def recipe(tmp_path, text: str) -> str:
     [
         ("", ExportError, "has no function 'build'"),
         ("def build(): return 1", ExportError, "returned a int"),
-        ("def build(a): return 1", ExportError, "missing 1 required"),
+        ("def build(a): return 1", ExportError, "missing a required argument"),
         ("import a_framework_that_is_not_there", MissingDependency, "a_framework_that_is_not_there"),
     ],
 )

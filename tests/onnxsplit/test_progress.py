@@ -53,3 +53,8 @@ def test_many_threads_print_whole_lines(python_environment, tmp_path):
 def test_a_long_text_takes_one_line(python_environment, tmp_path):
     code = BEGIN + "output.say('x' * 100); output.note('other')"
     assert screen(on_terminal(code, python_environment, tmp_path, columns=40)) == ["other", "x" * 39]
+
+
+def test_a_terminal_that_knows_no_control_sequences_gets_none(python_environment, tmp_path):
+    code = "import os; os.environ['TERM'] = 'dumb'\n" + BEGIN + OTHERS["a note"]
+    assert "\x1b" not in on_terminal(code, python_environment, tmp_path)

@@ -361,5 +361,12 @@ def test_a_class_without_endpoints_is_refused():
             @endpoint
             def read() -> None: ...
 
+    with pytest.raises(InputError, match=r"write @service\(\)"):
+
+        @service
+        class Bare:
+            @endpoint
+            def read(self) -> None: ...
+
     with pytest.raises(InputError, match="may have letters"):
         endpoint(name="a/b")(lambda self: None)
