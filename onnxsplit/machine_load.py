@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,24 +42,37 @@ class CpuTimes:
         return min(1.0, max(0.0, part_s / total_s)) if total_s > 0 else 0.0
 
 
-def process_cpu_s(pid: int) -> float:
-    """The processor time that a process has used so far, in seconds; 0 when it has ended."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # the name may have spaces
-    except OSError:
-        return 0.0
-    user, system = fields[11:13]  # of fields that are counted from 3
-    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+def process_needed_s(pid: int, proc: Path = Path("/proc")) -> float | None:
+    """The processor time that a process has used so far or waited for, ready to run, in seconds, over all its threads.
+
+    Returns:
+        None where the system does not tell it, and when the process has ended.
+    """
+    tasks = proc / str(pid) / "task"
+    total_ns, is_told = 0, False
+    with suppress(OSError):
+        for thread in tasks.iterdir():
+            with suppress(FileNotFoundError, ProcessLookupError, ValueError):  # the thread has ended
+                ran_ns, waited_ns, _ = (thread / "schedstat").read_text().split()
+                total_ns, is_told = total_ns + int(ran_ns) + int(waited_ns), True
+    return total_ns / 1e9 if is_told else None
 
 
-def cpu_times() -> CpuTimes:
-    """The times until now; all are 0 where the system does not tell them."""
+def cpu_times(cores: Collection[int] | None = None, stat: Path = Path("/proc/stat")) -> CpuTimes:
+    """The times until now; all are 0 where the system does not tell them.
+
+    Args:
+        cores: the numbers of the cores that count; all of them when None.
+        stat: where the system tells the times.
+    """
     try:
-        first = Path("/proc/stat").read_text().partition("\n")[0].split()[1:9]
+        lines = stat.read_text().splitlines()
     except OSError:
         return CpuTimes(0.0, 0.0, 0.0)
+    names = {"cpu"} if cores is None else {f"cpu{core}" for core in cores}
+    counted = [line.split()[1:9] for line in lines if line.partition(" ")[0] in names]
     user, nice, system, idle, waiting, irq, soft_irq, stolen = (
-        int(ticks) / os.sysconf("SC_CLK_TCK") for ticks in first
+        sum(int(fields[index]) for fields in counted) / os.sysconf("SC_CLK_TCK") for index in range(8)
     )
     busy_s = user + nice + system + irq + soft_irq
     return CpuTimes(busy_s, stolen, busy_s + idle + waiting + stolen)

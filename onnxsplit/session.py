@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from onnxsplit.binding import SMALL_BYTES, Binding, address, first_lines, view_of
+from onnxsplit.control_group import quota_processors
 from onnxsplit.custom_ops import Library, unchanged
 from onnxsplit.errors import (
     CustomOpsError,
@@ -40,8 +41,9 @@ _RUNTIME_TYPES = {"float": "float32", "double": "float64"}
 
 
 def host_cores() -> int:
-    """The number of cores that this process may use."""
-    return len(os.sched_getaffinity(0))
+    """The number of cores that this process may use: those of its affinity, at most the quota of its container."""
+    cores, quota = len(os.sched_getaffinity(0)), quota_processors()
+    return cores if quota is None else max(1, min(cores, int(quota)))
 
 
 def threads_per_node(nodes: int) -> int:

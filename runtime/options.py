@@ -23,10 +23,9 @@ from onnxsplit.numbers import (
     whole_problem,
 )
 from onnxsplit.plan import Plan
-from onnxsplit.plan_base import MOST_THREADS
+from onnxsplit.plan_base import MOST_NODES, MOST_THREADS
 from onnxsplit.plan_decoder import MOST_LENGTH
-from runtime.balance.board import PEERS
-from runtime.balance.replicas import ReplicaRange, Replicas, replica_ranges
+from runtime.balance.replicas import MOST_SCALE_S, ReplicaRange, Replicas, check_total, replica_ranges
 from runtime.timings import Timings, timings
 from runtime.wire.messages.control import POLICIES, Policy
 from runtime.wire.messages.sequences import MOST_NEW_TOKENS, MOST_ROWS
@@ -105,7 +104,7 @@ class RunOptions:
         replicas: the number of nodes of every stage, or a number for each stage by its index. When None, the plan's
             numbers. A :class:`~runtime.balance.replicas.ReplicaRange` in place of a number lets the load decide, for
             nodes that are started on this host; see docs/running.md.
-        scale_up_after: seconds for which a stage with a range must be busy before it gets another node.
+        scale_up_after: seconds for which requests must wait before a busy stage with a range gets another node.
         scale_down_after: seconds for which it must have had a node too many before it loses one.
         mode: ``async`` keeps requests in flight in every stage; ``sync`` has one request in the pipeline at a time.
         provider: the execution provider, as for ``--provider``. When None, the plan's.
@@ -246,9 +245,10 @@ class RunOptions:
             for name, (least, most) in _WHOLE.items()
             if getattr(self, name) is not None or name in _ALWAYS
         ]
-        for name in ("start_timeout", "scale_up_after", "scale_down_after"):
-            if (seconds := getattr(self, name)) is not None or name != "start_timeout":
-                problems.append(real_problem(name, seconds, MOST_SECONDS))
+        if self.start_timeout is not None:
+            problems.append(real_problem("start_timeout", self.start_timeout, MOST_SECONDS))
+        for name in ("scale_up_after", "scale_down_after"):
+            problems.append(real_problem(name, getattr(self, name), MOST_SCALE_S))
         if self.ports is not None and not (
             isinstance(self.ports, list | tuple) and len(self.ports) == 2 and self.ports[0] != self.ports[1]
         ):
@@ -297,19 +297,22 @@ def memory_for_requests_bytes() -> int:
     return max(64 << 20, free_memory_bytes() // _SHARE_OF_MEMORY)
 
 
-def check_scale(ranges: Sequence[ReplicaRange], stage: object, replicas: object) -> None:
+def check_scale(ranges: Sequence[ReplicaRange], planned: Sequence[int], stage: object, replicas: object) -> None:
     """Check a stage and its new number of nodes.
 
     Args:
         ranges: the allowed numbers of nodes of every stage. A fixed number was only that of the start.
+        planned: the numbers of nodes that the stages are to have now.
         stage: the index of the stage.
         replicas: its number of nodes.
 
     Raises:
-        InputError: the plan has no such stage, or the number is not allowed.
+        InputError: the plan has no such stage, the number is not allowed, or the pipeline would have too many nodes.
     """
     if not is_whole(stage) or not 0 <= stage < len(ranges):
         raise InputError(f"stage {shown(stage)} is unknown; the plan has the stages 0 to {len(ranges) - 1}")
-    allowed = ReplicaRange(least=1, most=PEERS - 1) if ranges[stage].is_fixed else ranges[stage]
+    allowed = ReplicaRange(least=1, most=MOST_NODES) if ranges[stage].is_fixed else ranges[stage]
     if not is_whole(replicas) or not allowed.least <= replicas <= allowed.most:
         raise InputError(f"stage {stage} needs from {allowed.least} to {allowed.most} replicas, not {shown(replicas)}")
+    together = [count if each.is_fixed else each.most for each, count in zip(ranges, planned, strict=True)]
+    check_total([*together[:stage], replicas, *together[stage + 1 :]])

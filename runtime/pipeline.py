@@ -387,7 +387,9 @@ class Pipeline(PipelineStatus):
         that are not ready yet first, then the newest. Where the stage has a range, the load goes on from this number.
 
         Raises:
-            InputError: there is no such stage, it would have no node, or the number is outside its range.
+            InputError: there is no such stage, it would have no node, the number is outside its range, or the pipeline
+                would have too many nodes.
+            PipelineClosed: the pipeline was closed.
         """
-        check_scale(self._coordinator.ranges, stage, replicas)
+        check_scale(self._coordinator.ranges, self._coordinator.planned, stage, replicas)
         self._coordinator.scale(int(stage), int(replicas))

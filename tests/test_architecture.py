@@ -14,7 +14,7 @@ PACKAGES = ("onnxsplit", "runtime")
 
 # Each row imports from rows above it, and from itself. A name stands for a file or a folder.
 OFFLINE = [
-    "errors numbers files memory machine_load effort drawing progress arguments file_cache own_runtime",
+    "errors numbers files control_group memory machine_load effort drawing progress arguments file_cache own_runtime",
     "tensors npz plan plan_base plan_borders plan_decoder plan_verdict plan_summary plan_check plan_files cluster "
     "cluster_files host_costs",
     "binding providers string_value custom_ops session timed_worker timed step_inputs",

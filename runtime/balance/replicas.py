@@ -9,6 +9,9 @@ from onnxsplit.errors import InputError, PlanError, shown
 from onnxsplit.numbers import is_whole, whole_problem
 from onnxsplit.plan_base import MOST_NODES
 
+MOST_SCALE_S = 3600.0
+"""The longest time of a load, in seconds, after which the number of nodes may be made to change."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReplicaRange:
@@ -49,17 +52,25 @@ def replica_ranges(wanted: Replicas, planned: Sequence[int]) -> tuple[ReplicaRan
     """
     counts: dict[int, int | ReplicaRange] = dict(enumerate(planned))
     if isinstance(wanted, Mapping):
-        unknown = [stage for stage in wanted if stage not in counts]
+        unknown = [stage for stage in wanted if not is_whole(stage) or stage not in counts]
         if unknown:
             raise PlanError(f"replicas for stage {shown(unknown[0])}; the plan has the stages 0 to {len(counts) - 1}")
-        counts.update(wanted)
+        counts.update({int(stage): count for stage, count in wanted.items()})
     elif wanted is not None:
         counts = dict.fromkeys(counts, wanted)
     ranges = tuple(_range(stage, counts[stage]) for stage in sorted(counts))
-    most = sum(each.most for each in ranges)
-    if most > MOST_NODES:
-        raise InputError(f"the stages have {most} replicas together; at most {MOST_NODES} nodes make a pipeline")
+    check_total([each.most for each in ranges])
     return ranges
+
+
+def check_total(counts: Sequence[int]) -> None:
+    """Check the number of nodes of all stages together.
+
+    Raises:
+        InputError: a pipeline cannot have so many.
+    """
+    if sum(counts) > MOST_NODES:
+        raise InputError(f"the stages have {sum(counts)} replicas together; at most {MOST_NODES} nodes make a pipeline")
 
 
 def _range(stage: int, count: int | ReplicaRange) -> ReplicaRange:

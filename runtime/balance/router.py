@@ -190,6 +190,12 @@ class Router:
         """Cost of the work that has been sent to a node and is not finished, as far as this process knows."""
         return self._outstanding(number, self._sending(tuple(self._numbers)))
 
+    def running(self, number: int) -> int:
+        """Cost of the work that a node executes now; 0 where it does nothing, or its memory is not mapped."""
+        board = self._boards.get(number)
+        *_, since, cost = board.times if board is not None else (0, 0)
+        return cost if since else 0
+
     def _outstanding(self, number: int, senders: Mapping[int, LoadBoard]) -> int:
         board = self._boards.get(number)
         if board is None:

@@ -102,6 +102,15 @@ class DataLinks:
                 steps[key].setdefault(number, Step.RUNNING)
         return steps
 
+    def waiting(self) -> dict[int, float]:
+        """The number of requests that wait before each node, without the one that runs, by number.
+
+        What is known is the cost of the work that was sent there, so this is a number of requests of mean cost.
+        """
+        requests, queues = self._machine.requests, self.queues()
+        mean = max(1.0, requests.cost / max(1, len(requests)))
+        return {number: max(0, cost - self._router.running(number)) / mean for number, cost in queues.items()}
+
     def queues(self) -> dict[int, int]:
         """The cost of the outstanding work of each node, by number."""
         most = self._machine.requests.cost  # a single replica on another host reports only twice a second

@@ -137,7 +137,14 @@ class Coordinator:
 
     def scale(self, stage: int, replicas: int) -> None:
         """Set the number of a stage's nodes."""
+        if not self._machine.is_open:
+            raise self._machine.error or PipelineClosed("the pipeline was closed")
         self._inbox.post(Scaled(stage, replicas, time.monotonic_ns()))
+
+    @property
+    def planned(self) -> tuple[int, ...]:
+        """The number of nodes that every stage is to have."""
+        return tuple(self._machine.roster.planned)
 
     def why_unguided(self, stage: int) -> str:
         """Why no sequence can follow a grammar at one of a stage's nodes, in one sentence; empty if none has said."""
@@ -314,8 +321,8 @@ class Coordinator:
             self._detector.end(event.number)
             if (node := roster.by_number(event.number)) is not None and not node.is_tentative:
                 stage, replica = node.slot
-                level = logging.INFO if node.released else logging.WARNING
-                log_event(_log, level, "node lost", stage=stage, replica=replica, reason=event.reason)
+                level, what = (logging.INFO, "node has left") if node.released else (logging.WARNING, "node lost")
+                log_event(_log, level, what, stage=stage, replica=replica, reason=event.reason)
         carry_out(self._machine, event, self.requests, control)
         if isinstance(event, Prepared):
             if (node := roster.by_identity(event.identity)) is not None:

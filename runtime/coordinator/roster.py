@@ -24,6 +24,7 @@ from runtime.wire.messages.data import Visit
 
 _SETTLED_REQUESTS = 20  # after this many answered requests, a node's earlier failures are forgotten
 _INCIDENTS = 100
+_NUMBER_WAIT_NS = 10**9  # time until a process that found no free number is due again
 _SERVING = (Phase.READY, Phase.LEAVING)
 
 
@@ -142,8 +143,7 @@ class Roster:
         nodes = [node for slot, node in self.nodes.items() if slot[0] == stage]
         if any(node.phase is not Phase.OPEN for node in nodes):
             return None
-        last = nodes[0]
-        return f"{last.called} failed {last.failed_in_row} times in a row and {last.reason}"
+        return f"{nodes[0].called} failed {nodes[0].failed_in_row} times in a row and {nodes[0].reason}"
 
     def peers(self, to: NodeRecord | None, *, everyone: bool) -> tuple[Peer, ...]:
         """All nodes as ``to`` sees them; with ``everyone``, also those that are loading."""
@@ -189,7 +189,7 @@ class Roster:
 
     def due(self, now_ns: int) -> list[StartNode]:
         """Start the processes that are due; returns the effects."""
-        return [self._start(node, now_ns) for node in self.nodes.values() if node.is_absent and node.due_ns <= now_ns]
+        return [start for node in self.nodes.values() if node.is_absent for start in self._start_if_due(node, now_ns)]
 
     def _start(self, node: NodeRecord, now_ns: int) -> StartNode:
         node.machine.go(NodeChange.START)
@@ -201,11 +201,9 @@ class Roster:
 
     def _number(self) -> int:
         """The next free number. Numbers are reused as late as possible, when no trace of their last owner is left."""
-        taken = {node.number for node in self}
-        while True:
-            self._last_number = self._last_number % (self._process_numbers - 1) + 1
-            if self._last_number not in taken:
-                return self._last_number
+        free = set(range(1, self._process_numbers)) - {node.number for node in self}
+        self._last_number = min(free, key=lambda number: (number <= self._last_number, number))  # callers leave one
+        return self._last_number
 
     def late(self, now_ns: int, patience_s: float) -> list[tuple[int, str]]:
         """The numbers of nodes that were started and should be ready by now, with the reason why they count as lost."""
@@ -260,7 +258,8 @@ class Roster:
         return [node]
 
     def _free_replica(self, stage: int) -> int:
-        return next(n for n in range(self._process_numbers) if (stage, n) not in self.nodes)
+        taken = {node.slot for node in self}  # also by those that leave: their answers count for their slots
+        return next(n for n in range(len(taken) + 1) if (stage, n) not in taken)
 
     def _host_mismatch(self, node: NodeRecord, hello: Hello) -> int:
         """0 when the plan has a slot on the host of a node that reports, 1 when on any host, 2 when on another."""
@@ -319,10 +318,8 @@ class Roster:
         if counters is None:
             return
         counters.add(visit)
-        node = self.nodes.get((visit.stage, visit.replica))
-        if node is not None:
-            node.requests += 1
-            node.running_ns = 0
+        if (node := self.nodes.get((visit.stage, visit.replica))) is not None:
+            node.requests, node.running_ns = node.requests + 1, 0
 
     # Nodes that leave
 
@@ -360,7 +357,9 @@ class Roster:
             self.incidents.append(Incident(now_ns, node.slot, story))
 
     def _start_if_due(self, node: NodeRecord, now_ns: int) -> list[StartNode]:
-        """Start the process of a slot if it is due."""
+        """Start the process of a slot if it is due. Where nodes that leave have all numbers, it waits for one."""
+        if node.due_ns <= now_ns and sum(each.number >= 0 for each in self) >= self._process_numbers - 1:
+            node.due_ns = now_ns + _NUMBER_WAIT_NS
         return [self._start(node, now_ns)] if node.due_ns <= now_ns else []
 
     def leave(self, node: NodeRecord) -> None:
@@ -391,7 +390,9 @@ class Roster:
             node.is_tentative = tentative
             started += self._start_if_due(node, now_ns)
         present.sort(key=lambda node: (node.phase is not Phase.READY, node.is_tentative, node.slot))
-        removed = present[replicas:]
+        kept, removed = present[:replicas], present[replicas:]
+        for node in kept:
+            node.is_tentative &= tentative  # what a caller asks for is not given up
         for node in removed:
             if node.phase is not Phase.READY:
                 node.machine.go(NodeChange.END)

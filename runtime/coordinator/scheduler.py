@@ -8,6 +8,7 @@ when all bytes that it can reach are free on the nodes of a chain, so no sequenc
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Collection
 
 from onnxsplit.plan import Plan
 from runtime.balance.policies import UNIT_COST
@@ -74,6 +75,16 @@ class Scheduler:
     def waiting(self) -> int:
         """The number of sequences that wait for room."""
         return len(self._queue)
+
+    def taken(self, stage: int, numbers: Collection[int]) -> float:
+        """The share of the bytes for states that is reserved on some nodes of a stage, from 0 to 1.
+
+        It is 1 where the first sequence that waits has no room on any of them.
+        """
+        most, used = self._limits.cache_bytes, [self.chains.used_bytes(number) for number in numbers]
+        if self._queue and all(each + self._queue[0][2].needed_bytes[stage] > most for each in used):
+            return 1.0
+        return min(1.0, sum(used) / (most * max(1, len(used))))
 
     # Sequences
 

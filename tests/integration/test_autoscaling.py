@@ -28,7 +28,9 @@ from onnxsplit.plan_files import load_plan
 from onnxsplit.planning.planner import partition
 from onnxsplit.stages.verify import run_stages
 from runtime import Pipeline
+from runtime.balance.autoscale import Autoscaler, StageLoad
 from runtime.balance.replicas import ReplicaRange
+from runtime.errors import PipelineClosed
 from runtime.timings import Timings
 
 SLOW = {"what": "slow", "seconds": 0.2, "stage": 1, "only_once": False}  # it waits, so it needs no processor
@@ -231,6 +233,61 @@ def test_a_decoder_gets_nodes_and_loses_them_while_texts_go_on(tmp_path):
         with load(ask, wanted, callers=1):  # its text keeps a node busy, which has rows left
             wait_until(lambda: len(pipeline.nodes) == 2, "the end of the nodes that were added")
         assert pipeline.incidents == ()
+
+
+def test_a_decoder_whose_caches_are_full_gets_another_node(tmp_path):
+    """Two sequences fit into the caches of stage 0, which could run sixteen at once and hardly runs."""
+    partition(build.save(gqa(), tmp_path), stages=2, out=tmp_path / "m.plan")
+    decoder = load_plan(tmp_path / "m.plan").decoder
+    assert decoder is not None
+    sizes = [45 * decoder.token_bytes(stage) + decoder.fixed_bytes(stage) for stage in (0, 1)]
+    slow = {**SLOW, "seconds": 0.1, "stage": 0}
+    options = {"scale_up_after": 0.6, "timings": Timings(beat_s=0.2), "max_length": 45}
+    options["replicas"] = {0: ReplicaRange(least=1, most=2)}
+    with Pipeline.launch(
+        tmp_path / "m.plan", launcher=FaultyLauncher(slow), threads=1, cache_bytes=2 * max(sizes) + 1, **options
+    ) as pipeline:
+        texts = [pipeline.generate([5, 71, 13, 88, row], max_tokens=40, stop_tokens=()) for row in range(6)]
+        wait_until(lambda: len(pipeline.nodes) == 3, "another node")
+        for text in texts:
+            text.cancel()
+
+
+def test_one_request_at_a_time_waits_for_nothing_whatever_its_size(plan, monkeypatch):
+    seen = list[StageLoad]()
+    look = Autoscaler.look
+
+    def spy(self, now_ns, loads, host):
+        seen.append(loads[1])
+        return look(self, now_ns, loads, host)
+
+    monkeypatch.setattr(Autoscaler, "look", spy)
+    options = {"replicas": UP_TO_THREE, "timings": Timings(beat_s=0.02), "micro_batch": 0}
+    with Pipeline.launch(plan, launcher=FaultyLauncher({**SLOW, "seconds": 1}), threads=1, **options) as pipeline:
+        alone = pipeline.submit({"x": np.zeros((64, 32), np.float32)})
+        wait_until(lambda: seen and seen[-1].busy_s > 0)
+        assert seen[-1].waiting == 0
+        others = [pipeline.submit({"x": np.zeros((64, 32), np.float32)}) for _ in range(3)]
+        wait_until(lambda: round(seen[-1].waiting) >= 2)
+        assert all(future.result(60)["y"].shape[0] == 64 for future in (alone, *others))
+    assert max(load.waiting for load in seen) <= 4
+
+
+def test_what_is_asked_of_a_pipeline_that_is_closed_or_too_large_is_refused(plan):
+    with Pipeline.launch(plan, threads=1) as pipeline:
+        with pytest.raises(InputError, match="the stages have 256 replicas together"):
+            pipeline.scale(0, 255)
+        assert len(pipeline.nodes) == 2
+    with pytest.raises(PipelineClosed):
+        pipeline.scale(1, 2)
+
+
+def test_a_node_that_is_not_needed_leaves_and_is_not_lost(plan, caplog):
+    caplog.set_level(logging.INFO, "runtime.coordinator")
+    with Pipeline.launch(plan, replicas={1: 2}, threads=1) as pipeline:
+        pipeline.scale(1, 1)
+        wait_until(lambda: "node has left stage=1 replica=1" in caplog.text)
+    assert "node lost" not in caplog.text
 
 
 def test_a_range_starts_with_its_least_number_and_bounds_what_is_asked_for(plan, wanted):

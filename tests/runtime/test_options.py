@@ -86,14 +86,21 @@ def test_a_range_of_replicas_that_makes_no_sense_is_refused(chain_plan, ends):
 
 def test_a_stage_with_a_range_is_scaled_within_it():
     ranges = (between(1, 4), between(2, 2))
-    check_scale(ranges, 0, 4)
-    check_scale(ranges, 1, 7)
+    check_scale(ranges, (1, 2), 0, 4)
+    check_scale(ranges, (1, 2), 1, 7)
     with pytest.raises(InputError, match="stage 0 needs from 1 to 4 replicas, not 5"):
-        check_scale(ranges, 0, 5)
+        check_scale(ranges, (1, 2), 0, 5)
+
+
+def test_stages_are_not_scaled_beyond_what_a_pipeline_can_have():
+    ranges = (between(1, 1), between(1, 1), between(1, 4))
+    check_scale(ranges, (200, 51, 1), 1, 51)
+    with pytest.raises(InputError, match="the stages have 256 replicas together; at most 255 nodes make a pipeline"):
+        check_scale(ranges, (200, 51, 1), 1, 52)
 
 
 @pytest.mark.parametrize("name", ["scale_up_after", "scale_down_after"])
-@pytest.mark.parametrize("value", [0, -1, float("nan"), None, "2"])
+@pytest.mark.parametrize("value", [0, -1, float("nan"), None, "2", 3601])
 def test_times_of_scaling_that_make_no_sense_are_refused(name, value):
     with pytest.raises(InputError, match=f"{name} must be a number"):
         RunOptions(**{name: value}).check()
@@ -106,6 +113,8 @@ def test_all_nodes_together_fit_into_one_pipeline(chain_plan):
     assert RunOptions(replicas={0: 128}).counts(plan) == (128, 1)
     with pytest.raises(PlanError, match="replicas for stage 2"):
         RunOptions(replicas={2: 1}).counts(plan)
+    with pytest.raises(PlanError, match="replicas for stage True"):
+        RunOptions(replicas={True: 2}).counts(plan)
 
 
 def test_integers_of_numpy_will_do(chain_plan):

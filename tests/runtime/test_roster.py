@@ -120,3 +120,37 @@ def test_a_node_that_was_told_to_end_needs_no_links():
     assert roster.linked == {0, second.number}
     assert roster.lose(first, "has left", SECOND) == []
     assert not roster.incidents
+
+
+def test_a_process_waits_for_a_number_while_nodes_that_leave_have_all():
+    roster = waiting((2,), process_numbers=3)
+    nodes = [serve(roster, join(roster, b"%d" % number, hello(0))) for number in range(2)]
+    _, (leaves,) = roster.scale(0, 1, 0)
+    roster.leave(leaves)
+    started, _ = roster.scale(0, 2, 0)
+    assert started == []
+    assert roster.due(SECOND // 2) == []
+    roster.lose(leaves, "has left", SECOND)
+    assert [start.number for start in roster.due(2 * SECOND)] == [leaves.number]
+    assert nodes[0].phase is Phase.READY
+
+
+def test_a_new_node_does_not_get_the_slot_of_one_that_still_works():
+    roster = waiting((2,))
+    nodes = [serve(roster, join(roster, b"%d" % number, hello(0))) for number in range(2)]
+    roster.scale(0, 1, 0)
+    roster.leave(nodes[1])
+    started, _ = roster.scale(0, 2, 0)
+    assert [start.slot for start in started] == [(0, 2)]
+
+
+def test_a_node_that_the_caller_asks_for_is_not_given_up():
+    roster = waiting((1,))
+    serve(roster, join(roster, b"1", hello(0)))
+    roster.scale(0, 2, 0, tentative=True)
+    roster.scale(0, 2, 0)
+    roster.lose(roster.nodes[0, 1], "was killed", SECOND)
+    assert list(roster.nodes) == [(0, 0), (0, 1)]
+    roster.scale(0, 3, SECOND, tentative=True)
+    roster.lose(roster.nodes[0, 2], "was killed", SECOND)
+    assert list(roster.nodes) == [(0, 0), (0, 1)]
