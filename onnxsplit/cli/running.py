@@ -25,7 +25,7 @@ from onnxsplit.cli.output import Output
 from onnxsplit.cli.values import NumberParam, SizeParam
 from onnxsplit.numbers import MOST_ATTEMPTS, MOST_INFLIGHT, MOST_SECONDS, MOST_SIZE, parse_whole, real_problem
 from onnxsplit.plan_base import MOST_NODES
-from runtime.balance.replicas import ReplicaRange, Replicas
+from runtime.balance.replicas import MOST_SCALE_S, ReplicaRange, Replicas
 from runtime.wire.messages.sequences import MOST_NEW_TOKENS, MOST_ROWS
 
 if TYPE_CHECKING:
@@ -71,6 +71,8 @@ def _replicas(context: click.Context, parameter: click.Parameter, texts: tuple[s
             raise click.BadParameter(f"{text!r} is for all stages; give it alone", context, parameter)
         if index is None:
             return number
+        if index in counts:
+            raise click.BadParameter(f"{text!r} is the second number for stage {index}; give one", context, parameter)
         counts[index] = number
     return counts or None
 
@@ -119,16 +121,16 @@ _NODES: OptionTable = [
     (
         ("--scale-up-after",),
         {
-            "type": NumberParam(0.001, MOST_SECONDS),
+            "type": NumberParam(0.001, MOST_SCALE_S),
             "default": 3.0,
             "metavar": "SECONDS",
-            "help": "With a range of --replicas: how long a stage must be busy before it gets another node.",
+            "help": "With a range of --replicas: how long requests must wait before a busy stage gets another node.",
         },
     ),
     (
         ("--scale-down-after",),
         {
-            "type": NumberParam(0.001, MOST_SECONDS),
+            "type": NumberParam(0.001, MOST_SCALE_S),
             "default": 30.0,
             "metavar": "SECONDS",
             "help": "With a range of --replicas: how long a stage must have had a node too many before it loses one.",

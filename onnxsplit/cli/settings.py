@@ -11,6 +11,7 @@ variables, this file, the defaults.
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -112,5 +113,7 @@ def different(context: click.Context) -> list[str]:
         source = context.get_parameter_source(str(parameter.name)) if isinstance(parameter, click.Option) else None
         if source in words and parameter.name is not None:
             value = context.params.get(parameter.name)
+            if isinstance(value, Mapping):  # as a repeated option has it
+                value = " ".join(f"{key}={each}" for key, each in value.items())
             settings.append(f"{parameter.name.replace('_', '-')} = {value} ({words[source]})")
     return settings

@@ -10,6 +10,8 @@ from click.testing import CliRunner
 
 import onnxsplit
 from onnxsplit.cli import cli
+from onnxsplit.cli.running import serving_options
+from onnxsplit.cli.settings import different
 
 GROUPS = ["keys", "cluster", "deploy"]
 SERVE = [
@@ -202,3 +204,12 @@ def test_an_unknown_option_is_not_answered_with_a_former_name():
 def test_completion_always_prints_its_script(option):
     assert "No such option" in said("completion", "bash", option, code=2)
     assert "_ONNXSPLIT_COMPLETE" in said("completion", "bash", ONNXSPLIT_QUIET="1", ONNXSPLIT_JSON="1")
+
+
+def test_settings_that_differ_are_shown_as_they_are_given():
+    shown = []
+    command = serving_options(click.command()(lambda **_: shown.extend(different(click.get_current_context()))))
+    command.main(["--replicas", "0=2", "--replicas", "1=1:4"], standalone_mode=False)
+    assert shown == ["replicas = 0=2 1=1:4 (command line)"]
+    with pytest.raises(click.BadParameter, match="'0=3' is the second number for stage 0; give one"):
+        command.main(["--replicas", "0=1:4", "--replicas", "0=3"], standalone_mode=False)
