@@ -125,7 +125,7 @@ def recognise(text: str) -> Source:
         return Source(text, "recipe", Path(code) if code.endswith(".py") else None, name)
     if text.endswith(".py"):
         if not path.is_file():
-            raise ExportError(f"no such recipe: {text}")
+            raise ExportError(f"no such file: {text}")
         return Source(text, "recipe", path, "build")
     try:
         check_regular(path)
