@@ -347,7 +347,8 @@ def test_a_fork_cannot_use_a_pipeline_and_its_end_hurts_nobody(pipeline, expecte
 
 
 def test_a_fork_cannot_use_what_was_made_before_it(pipeline):
-    done, running = pipeline.submit(X), pipeline.map([X] * 4)
+    more = 2 * pipeline.inflight  # than it has taken at the fork, however many of them are answered by then
+    done, running = pipeline.submit(X), pipeline.map([X] * more)
     done.result()
     next(running)
     stage = psutil.Process(next(node.pid for node in pipeline.nodes if node.stage == 0))
