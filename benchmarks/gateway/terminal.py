@@ -156,7 +156,8 @@ def main() -> None:
                 status = ["status", "--once", "--pid", str(screen.process.pid)]  # not those of others
                 with on_terminal(status, folder) as shown:
                     shown.end()
-        paths = [draw("serve", serve, started), draw("status", status, shown.written)]
+        seen = shown.written.replace(str(folder).encode(), b"/srv/models")  # the real folder is a temporary one
+        paths = [draw("serve", serve, started), draw("status", status, seen)]
     finally:
         shutil.rmtree(folder)
     written = [str(path.relative_to(harness.ROOT)) for path in paths]
