@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -142,18 +142,17 @@ def _raw(self: Any, inputs: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG001  
     return inputs
 
 
-def described(declared: type, declaration: ServiceDeclaration, folder: Path) -> ServiceDescription:
+def described(
+    declared: type, declaration: ServiceDeclaration, folder: Path, found: Sequence[ServiceEndpoint]
+) -> ServiceDescription:
     """What the gateway is told of a service.
 
     Args:
         declared: the class.
         declaration: what it declares.
         folder: the folder of its file, from which paths of models begin.
-
-    Raises:
-        InputError: an endpoint cannot be served.
+        found: its endpoints.
     """
-    found = endpoints(declared)
     types = {one: None for each in found for one in (each.parameters.struct, each.result_type) if one is not None}
     template = f"#/components/schemas/{declared.__name__}.{{name}}"
     references, schemas = msgspec.json.schema_components(types, ref_template=template)

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -90,11 +90,13 @@ def load_service(file: Path, name: str | None) -> type:
 class _Worker:
     """The worker, within its event loop."""
 
-    def __init__(self, channel: Channel, declared: type, description: ServiceDescription) -> None:
+    def __init__(
+        self, channel: Channel, declared: type, description: ServiceDescription, found: Sequence[ServiceEndpoint]
+    ) -> None:
         self._channel = channel
         self._declared = declared
         self._description = description
-        self._endpoints: dict[str, ServiceEndpoint] = {each.name: each for each in endpoints(declared)}
+        self._endpoints: dict[str, ServiceEndpoint] = {each.name: each for each in found}
         self._made: Any = None
         self._methods: Mapping[str, Callable[..., Any]] = {}
         self._calls: dict[int, asyncio.Task[None]] = {}
@@ -254,7 +256,8 @@ async def _main(connection: socket.socket, file: Path, loaded: type | BaseExcept
             raise loaded
         declaration = declaration_of(loaded)
         assert declaration is not None
-        worker = _Worker(channel, loaded, described(loaded, declaration, file.parent))
+        found = endpoints(loaded)
+        worker = _Worker(channel, loaded, described(loaded, declaration, file.parent, found), found)
         await worker.run()
     except (Exception, SystemExit) as error:
         if not isinstance(error, OnnxsplitError):

@@ -7,6 +7,14 @@ import subprocess
 import sys
 
 
+def version(code: str, environment, folder) -> subprocess.CompletedProcess:
+    """Run Python code as the program ``onnxsplit --version``."""
+    return subprocess.run(
+        [sys.executable, "-c", code, "--version"],
+        env=environment, cwd=folder, capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+
+
 def test_it_ends_in_one_line(python_environment, tmp_path):
     code = (
         "import os, signal, sys\n"
@@ -18,10 +26,7 @@ def test_it_ends_in_one_line(python_environment, tmp_path):
         "from onnxsplit.__main__ import run\n"
         "run()\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, "--version"],
-        env=python_environment, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60,
-    )  # fmt: skip
+    done = version(code, python_environment, tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGINT, "", "onnxsplit: interrupted\n")
 
 
@@ -32,8 +37,5 @@ def test_it_stays_ignored_where_it_was(python_environment, tmp_path):
         "try: run()\n"
         "finally: assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, "--version"],
-        env=python_environment, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60,
-    )  # fmt: skip
+    done = version(code, python_environment, tmp_path)
     assert done.returncode == 0, done.stderr

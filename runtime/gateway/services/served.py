@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,18 +99,11 @@ def make_pools(
     for target, description in services:
         models = {name: _model_of(path, places) or name for name, path in description.models.items()}
         asks = ModelAsks(service, models)
-        plans = _Plans(service.repository, models)
-        pools.append(ServicePool(target, description, plans.folders, asks.answer, most_waiting))
+        folders_now = partial(_plan_folders, service.repository, models)
+        pools.append(ServicePool(target, description, folders_now, asks.answer, most_waiting))
     return tuple(pools)
 
 
-class _Plans:
-    """Where the plans of a service's models are now."""
-
-    def __init__(self, repository: Repository, models: Mapping[str, str]) -> None:
-        self._repository = repository
-        self._models = models
-
-    def folders(self) -> dict[str, str]:
-        """The folders of the plans, by the names that the service uses."""
-        return {name: str(self._repository.find(model).folder) for name, model in self._models.items()}
+def _plan_folders(repository: Repository, models: Mapping[str, str]) -> dict[str, str]:
+    """Where the plans of a service's models are now, by the names that the service uses."""
+    return {name: str(repository.find(model).folder) for name, model in models.items()}
