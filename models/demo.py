@@ -21,8 +21,8 @@ from zoo import FetchError, fetch
 
 from onnxsplit import Pipeline
 from onnxsplit.cli.output import Output, binary, milliseconds
+from onnxsplit.distance import distance
 from onnxsplit.errors import OnnxsplitError
-from onnxsplit.model.precision import distance
 from onnxsplit.npz import save_npz
 from onnxsplit.plan import Plan
 from onnxsplit.planning.planner import partition

@@ -15,8 +15,8 @@ PACKAGES = ("onnxsplit", "runtime")
 # Each row imports from rows above it, and from itself. A name stands for a file or a folder.
 OFFLINE = [
     "errors numbers files control_group memory machine_load effort drawing progress arguments file_cache own_runtime",
-    "tensors npz plan plan_base plan_borders plan_decoder plan_verdict plan_summary plan_check plan_files cluster "
-    "cluster_files host_costs",
+    "tensors distance npz plan plan_base plan_borders plan_decoder plan_verdict plan_summary plan_check plan_files "
+    "cluster cluster_files host_costs",
     "binding providers string_value custom_ops session timed_worker timed step_inputs",
     "model partitioner",
     "cost",
@@ -51,8 +51,8 @@ NEVER = [  # rules in addition to the rows
     ("runtime.gateway.grpc", "runtime.gateway.http"),
 ]
 SHARED = {  # the parts of onnxsplit that the runtime may use, in addition to its version
-    "errors", "numbers", "files", "memory", "machine_load", "drawing", "tensors", "npz", "plan", "plan_base",
-    "plan_borders", "plan_decoder", "plan_files", "cluster", "cluster_files", "binding", "providers", "custom_ops",
+    "errors", "numbers", "files", "memory", "machine_load", "drawing", "tensors", "distance", "npz", "plan",
+    "plan_base", "plan_borders", "plan_decoder", "plan_files", "cluster", "cluster_files", "binding", "providers", "custom_ops",
     "session", "timed", "step_inputs", "arguments", "file_cache",
 }  # fmt: skip
 

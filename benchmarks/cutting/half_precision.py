@@ -36,8 +36,8 @@ import zoo
 from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks import harness
+from onnxsplit.distance import distance
 from onnxsplit.errors import OnnxsplitError
-from onnxsplit.model.precision import distance
 from onnxsplit.model.protobuf import all_nodes, nested_graphs
 from onnxsplit.npz import load_npz
 from onnxsplit.plan_files import load_plan

@@ -22,8 +22,8 @@ import onnx
 import onnx.backend.test.loader as loader
 
 from benchmarks import harness
+from onnxsplit.distance import distance
 from onnxsplit.errors import ModelError, OnnxsplitError
-from onnxsplit.model.precision import distance
 from onnxsplit.planning.examine import examine
 from onnxsplit.planning.options import CutOptions
 from onnxsplit.planning.planner import write_plan

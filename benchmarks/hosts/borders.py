@@ -93,7 +93,7 @@ def _crop(random: np.random.Generator, height: int, width: int) -> Any:
 def errors(given: argparse.Namespace, report: harness.Report, folder: Path) -> None:
     """Print a row for each model and tolerance."""
     from onnxsplit.cluster import Cluster, Device, Link
-    from onnxsplit.model.precision import distance
+    from onnxsplit.distance import distance
     from onnxsplit.planning.examine import examine
     from onnxsplit.planning.options import CutOptions
     from onnxsplit.planning.planner import write_plan

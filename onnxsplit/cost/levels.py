@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 
 from onnxsplit.custom_ops import Library
+from onnxsplit.distance import distance, is_discrete
 from onnxsplit.effort import SLOW_S, TimeBudget
 from onnxsplit.errors import ModelRefused
-from onnxsplit.model.precision import distance, is_discrete
 from onnxsplit.npz import load_npz
 from onnxsplit.plan import Level
 from onnxsplit.tensors import Array

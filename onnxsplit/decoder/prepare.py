@@ -17,11 +17,12 @@ from onnxsplit.decoder.proven import ProvenDecoder
 from onnxsplit.decoder.reference import StepRunner
 from onnxsplit.decoder.rewrite import branch_with_past, inlined, last_positions_only
 from onnxsplit.decoder.token_shapes import with_token_shapes
+from onnxsplit.distance import tolerance
 from onnxsplit.errors import ModelError
 from onnxsplit.memory import free_memory_bytes
 from onnxsplit.model.graph import build_graph
 from onnxsplit.model.in_memory import runnable
-from onnxsplit.model.precision import computed_types, rounds_activations, tolerance
+from onnxsplit.model.precision import computed_types, rounds_activations
 from onnxsplit.model.shapes import Shapes, input_specs, symbolic_specs
 from onnxsplit.model.source import SourceModel
 from onnxsplit.plan_decoder import Control

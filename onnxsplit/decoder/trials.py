@@ -11,8 +11,8 @@ import numpy as np
 from onnxsplit.decoder.claim import DecoderClaim
 from onnxsplit.decoder.inputs import room
 from onnxsplit.decoder.reference import States, StepRunner
+from onnxsplit.distance import distance
 from onnxsplit.errors import InputError, ModelError
-from onnxsplit.model.precision import distance
 from onnxsplit.plan_decoder import Proof
 from onnxsplit.progress import Say
 from onnxsplit.tensors import Array

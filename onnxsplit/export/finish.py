@@ -11,9 +11,9 @@ import onnx
 
 import onnxsplit
 from onnxsplit.decoder.files import TOKENIZER_HASH
+from onnxsplit.distance import distance
 from onnxsplit.errors import ExportError, MissingDependency, ModelError, one_line
 from onnxsplit.export.conversion import Conversion, ExportOptions
-from onnxsplit.model.precision import distance
 from onnxsplit.model.protobuf import captured_names
 from onnxsplit.plan_decoder import TOKENIZER
 from onnxsplit.session import host_cores, open_session

@@ -17,10 +17,11 @@ import msgspec
 
 from onnxsplit.cost.profile import shapes_of_run
 from onnxsplit.custom_ops import Library
+from onnxsplit.distance import tolerance
 from onnxsplit.effort import TimeBudget
 from onnxsplit.errors import OnnxsplitError, one_line, shown
 from onnxsplit.model.example_inputs import table_size
-from onnxsplit.model.precision import computed_types, tolerance
+from onnxsplit.model.precision import computed_types
 from onnxsplit.plan import BatchClaim, Plan
 from onnxsplit.planning.batch_structure import axes_by_structure
 from onnxsplit.planning.subject import Subject

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from onnxsplit.model.precision import distance
+from onnxsplit.distance import distance
 from onnxsplit.plan_borders import UNUSABLE, Form
 from onnxsplit.planning.subject import Subject
 from onnxsplit.stages.borders import round_trip

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from onnxsplit.cluster import Device
 from onnxsplit.cost.levels import CANDIDATE_LEVELS, LOWEST_LEVEL, MOST_MOVED, answers_apart, best_level
+from onnxsplit.distance import tolerance
 from onnxsplit.effort import SLOW_S, TimeBudget
 from onnxsplit.errors import ModelRefused
-from onnxsplit.model.precision import computed_types, tolerance
+from onnxsplit.model.precision import computed_types
 from onnxsplit.npz import load_npz, save_npz
 from onnxsplit.partitioner import Partition, SearchResult, score
 from onnxsplit.plan import (

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnxsplit.model.precision import LEAST_TOLERANCE, distance, is_discrete, narrowest, tolerance
+from onnxsplit.distance import LEAST_TOLERANCE, distance, is_discrete, narrowest, tolerance
 from onnxsplit.tensors import Array
 
 _SLACK = 2.0  # how many times the distance of optimisation alone is allowed

@@ -18,8 +18,8 @@ import onnxsplit
 from onnxsplit.cli import cli
 from onnxsplit.cli.decoding import compare_decoding
 from onnxsplit.cluster import Cluster, Device, Link
+from onnxsplit.distance import distance
 from onnxsplit.errors import PartitionError
-from onnxsplit.model.precision import distance
 from onnxsplit.npz import save_npz
 from onnxsplit.plan import TensorSpec
 from onnxsplit.plan_borders import UNUSABLE

@@ -12,11 +12,11 @@ import numpy as np
 import onnx
 import pytest
 
+from onnxsplit.distance import distance
 from onnxsplit.errors import ExportError
 from onnxsplit.export import export
 from onnxsplit.export.conversion import TOLERANCE
 from onnxsplit.export.examples import flat, resized, varied
-from onnxsplit.model.precision import distance
 from onnxsplit.session import open_session
 
 MODELS = Path(__file__).parents[2] / "models"

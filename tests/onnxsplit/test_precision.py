@@ -16,8 +16,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from onnxsplit.cost import levels
+from onnxsplit.distance import LEAST_TOLERANCE, distance, tolerance
 from onnxsplit.effort import EFFORTS
-from onnxsplit.model.precision import LEAST_TOLERANCE, computed_types, distance, tolerance
+from onnxsplit.model.precision import computed_types
 from onnxsplit.npz import load_npz
 from onnxsplit.planning.examine import examine
 from onnxsplit.planning.planner import partition
