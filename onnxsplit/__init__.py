@@ -17,6 +17,7 @@ Cut and check:
 
 Run:
     Pipeline        a running plan: launch, open, from_model; run, arun, map, amap, generate
+    Recut           what became of a change to another plan
     RunOptions      the options of a run
     ReplicaRange    a number of nodes of a stage that the load decides
     RayLauncher     starts the nodes on a Ray cluster
@@ -69,12 +70,15 @@ if TYPE_CHECKING:
         NotSeparable,
         PipelineClosed,
         PipelineError,
+        RecutFailed,
+        RecutRefused,
         StageFailed,
         StageUnavailable,
     )
     from runtime.launch.ray import RayLauncher
     from runtime.options import RunOptions
     from runtime.pipeline import Pipeline
+    from runtime.recut.result import Recut
     from runtime.requests.generate_options import GenerateOptions
     from runtime.requests.generation import Generated, Generation
     from runtime.services.declare import Models, ServiceModel, endpoint, service
@@ -96,6 +100,7 @@ _HOMES = {
     "runtime.timings": ("Timings",),
     "runtime.launch.ray": ("RayLauncher",),
     "runtime.torch_tensors": ("to_torch",),
+    "runtime.recut.result": ("Recut",),
     "runtime.requests.generation": ("Generation", "Generated"),
     "runtime.requests.generate_options": ("GenerateOptions",),
     "runtime.services.declare": ("service", "endpoint", "Models", "ServiceModel"),
@@ -123,17 +128,19 @@ _HOMES = {
         "NodeFailed",
         "StageUnavailable",
         "PipelineClosed",
+        "RecutRefused",
+        "RecutFailed",
     ),
 }
 
 __all__ = [  # the same names, for type checkers and editors
     "partition", "load_plan", "verify", "merge", "Plan", "PlanCache",
-    "Pipeline", "RunOptions", "ReplicaRange", "Timings", "RayLauncher", "to_torch", "Generation", "Generated",
+    "Pipeline", "Recut", "RunOptions", "ReplicaRange", "Timings", "RayLauncher", "to_torch", "Generation", "Generated",
     "GenerateOptions", "service", "endpoint", "Models", "ServiceModel",
     "OnnxsplitError", "InputError", "ModelError", "ModelRefused", "CustomOpsError", "PartitionError", "PlanError",
     "ClusterError", "ProviderError", "ExportError", "MissingDependency",
     "PipelineError", "LaunchFailed", "Busy", "DeadlineExceeded", "Cancelled", "StageFailed", "NotSeparable",
-    "NodeFailed", "StageUnavailable", "PipelineClosed",
+    "NodeFailed", "StageUnavailable", "PipelineClosed", "RecutRefused", "RecutFailed",
     "__version__",
 ]  # fmt: skip
 

@@ -3,6 +3,8 @@
     OnnxsplitError
     └── PipelineError
         ├── LaunchFailed
+        ├── RecutRefused
+        ├── RecutFailed
         ├── Busy
         ├── DeadlineExceeded        also a TimeoutError
         ├── Cancelled
@@ -32,6 +34,14 @@ class PipelineError(OnnxsplitError):
 
 class LaunchFailed(PipelineError):
     """Raised when a pipeline starts: a node did not start, did not report in time, or refused its stage."""
+
+
+class RecutRefused(PipelineError):
+    """Raised when a pipeline cannot change to another plan, before anything was begun; says what to do."""
+
+
+class RecutFailed(PipelineError):
+    """Raised when a change to another plan was given up; says why. The pipeline serves on with the plan it had."""
 
 
 class Busy(PipelineError):

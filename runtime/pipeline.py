@@ -14,25 +14,27 @@ from onnxsplit.plan_files import is_damaged
 from onnxsplit.tensors import Array
 from runtime.launcher import Launcher
 from runtime.opening import PipelineOpening
-from runtime.options import RunArguments, RunOptions, check_scale
-from runtime.pipeline_status import PipelineStatus
+from runtime.options import RunArguments, RunOptions
+from runtime.pipeline_control import PipelineControl
+from runtime.recut.door import Door
+from runtime.recut.recutter import end_dropped
+from runtime.recut.running_plan import RunningPlan
 from runtime.requests.arrays import InputsLike
 from runtime.requests.entrance import deadline_of
 from runtime.requests.event_loop import EventLoopEntrance, off_the_loop
 from runtime.requests.generate_options import GenerateArguments
 from runtime.requests.generation import Generation
-from runtime.requests.generator import Generator
 from runtime.requests.mapping import AsyncMap, Counted, Items, MapArguments, Outputs, as_they_come, in_order
 from runtime.requests.normalize import normal_timeout_ns
 from runtime.requests.request import Answering
-from runtime.starting import PreparedPipeline, end_dropped, launch_nodes, wait_for_nodes
+from runtime.starting import PreparedPipeline, launch_nodes, wait_for_nodes
 from runtime.text.text import Text
 
 if TYPE_CHECKING:
     from onnxsplit.planning.planner import PartitionArguments
 
 
-class Pipeline(PipelineStatus):
+class Pipeline(PipelineControl):
     """A running plan. It is made by :meth:`launch`, :meth:`open`, :meth:`listen` or :meth:`from_model`.
 
     It is a context manager, also an asynchronous one, and is ended by :meth:`close` or :meth:`aclose`. When the last
@@ -41,15 +43,16 @@ class Pipeline(PipelineStatus):
     """
 
     def __init__(self, started: PreparedPipeline) -> None:
-        coordinator, entrance = started.coordinator, started.entrance
-        super().__init__(started.plan, started.folder, coordinator, started.admission, entrance)
-        self._asynchronous = EventLoopEntrance(entrance, started.admission)
-        self._generator = Generator(coordinator, started.plan, entrance.check_open)
-        self._finalizer = weakref.finalize(self, end_dropped, coordinator, self._name, os.getpid())
+        first = RunningPlan(started, 1)
+        door = Door(first, started.admission)
+        super().__init__(door)
+        self._asynchronous = EventLoopEntrance(door)
+        self._finalizer = weakref.finalize(self, end_dropped, self._recutter, door, self._name, os.getpid())
         self._finalizer.atexit = False  # nodes end when this process does
         self._release_plan: Callable[[], object] = lambda: None
         try:
-            self.address = started.wait()
+            first.wait()
+            self.address = first.address
         except BaseException:
             self.close()
             raise
@@ -198,8 +201,9 @@ class Pipeline(PipelineStatus):
         self._finalizer.detach()
         if not self.entrance.is_own:
             return
+        self._recutter.close()
         self.entrance.close()
-        self._coordinator.close()
+        self._recutter.remove_plans()
         self._asynchronous.close()
         if (text := self.__dict__.get("text")) is not None:
             text.close()
@@ -363,33 +367,10 @@ class Pipeline(PipelineStatus):
             InputError: an argument is invalid or unknown, the plan has no decoder, or the tokens can never fit.
             Busy, PipelineClosed: it was not admitted.
         """
-        return self._generator(tokens, timeout=timeout, block=block, **options)
+        return self.entrance.generate(tokens, timeout=timeout, block=block, **options)
 
     @cached_property
     def text(self) -> Text | None:
         """Completes texts and conversations; see :meth:`runtime.text.text.Text.open`. None without a tokenizer."""
         self.entrance.check_process()
-        return Text.open(self._folder, self.plan, self._generator)
-
-    def take_in_loop(self) -> tuple[int, Callable[[], None]]:
-        """Receive results and run callbacks in an event loop, instead of a thread of this pipeline.
-
-        Returns:
-            A descriptor and a function. The caller watches the descriptor until :meth:`close` and calls the function
-            whenever it is readable, then closes the descriptor. From now on, only these calls answer requests.
-        """
-        return self._coordinator.take_in_loop()
-
-    def scale(self, stage: int, replicas: int) -> None:
-        """Set the number of a stage's nodes while requests continue.
-
-        New nodes take requests as soon as they are ready. Nodes no longer needed finish their requests and end: those
-        that are not ready yet first, then the newest. Where the stage has a range, the load goes on from this number.
-
-        Raises:
-            InputError: there is no such stage, it would have no node, the number is outside its range, or the pipeline
-                would have too many nodes.
-            PipelineClosed: the pipeline was closed.
-        """
-        check_scale(self._coordinator.ranges, self._coordinator.planned, stage, replicas)
-        self._coordinator.scale(int(stage), int(replicas))
+        return Text.open(self._folder, self.plan, self.entrance.generate)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from html import escape
-from pathlib import Path
 from typing import Any
 
 from onnxsplit.drawing.stages import StageBox, drawing_of
@@ -12,8 +11,7 @@ from runtime.coordinator.loop import Coordinator
 from runtime.coordinator.node_record import Incident
 from runtime.coordinator.status import NodeInfo, SequenceStats, StageReplicas
 from runtime.node_table import NodeTable
-from runtime.requests.admission import Admission
-from runtime.requests.entrance import Entrance
+from runtime.recut.door import Door
 from runtime.topology import StageGraph
 from runtime.trace import RequestTrace, chrome_trace
 
@@ -22,39 +20,39 @@ class PipelineStatus:
     """The state of a running plan. :class:`~runtime.pipeline.Pipeline` adds what can be done with it.
 
     Args:
-        plan: as below.
-        folder: the plan directory.
-        coordinator: runs the nodes.
-        admission: as below.
-        entrance: as below.
+        door: as ``entrance`` below.
 
     Attributes:
-        plan: the plan that it runs.
-        inflight: number of requests, or micro-batches, that it admits at once.
         address: the address to which nodes connect.
         admission: counts the requests in flight; tells a caller that was refused when another try makes sense.
-        entrance: checks and admits requests.
+        entrance: checks and admits requests, into the plan that runs when they come.
         max_length: the most tokens of a sequence, prompt included; None where the plan has no decoder.
     """
 
-    def __init__(
-        self, plan: Plan, folder: Path, coordinator: Coordinator, admission: Admission, entrance: Entrance
-    ) -> None:
-        self.plan = plan
-        self.inflight = admission.requests
+    def __init__(self, door: Door) -> None:
         self.address = ""
-        self.admission = admission
-        self.entrance = entrance
-        self.max_length = None if coordinator.limits is None else coordinator.limits.length
-        self._folder = folder
-        self._name = folder.resolve().name
-        self._shared_coordinator = coordinator  # with forks of this process
+        self.admission = door.admission
+        self.entrance = door
+        limits = door.current.coordinator.limits
+        self.max_length = None if limits is None else limits.length
+        self._folder = door.current.folder
+        self._name = self._folder.resolve().name
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that it runs. It changes with :meth:`~runtime.pipeline.Pipeline.recut`."""
+        return self.entrance.current.plan
+
+    @property
+    def inflight(self) -> int:
+        """The number of requests, or micro-batches, that it admits at once."""
+        return self.admission.requests
 
     @property
     def _coordinator(self) -> Coordinator:
-        """The coordinator; an error in a fork of the process that launched the pipeline, where it cannot be used."""
+        """The coordinator of the plan that runs; an error in a fork of the process that launched the pipeline."""
         self.entrance.check_process()
-        return self._shared_coordinator
+        return self.entrance.current.coordinator
 
     def __repr__(self) -> str:
         stages = len(self.plan.stages)
@@ -92,7 +90,7 @@ class PipelineStatus:
         return self._coordinator.nodes()
 
     def stats(self) -> NodeTable:
-        """Counts and times per stage and replica, since the pipeline was launched."""
+        """Counts and times per stage and replica, since the plan that runs has got its nodes."""
         return NodeTable(self._coordinator.stats())
 
     @property
@@ -116,12 +114,14 @@ class PipelineStatus:
     @property
     def incidents(self) -> tuple[Incident, ...]:
         """The lost nodes and dead links, oldest first, at most a hundred."""
-        return self._coordinator.incidents
+        self.entrance.check_process()
+        return self.entrance.incidents
 
     @property
     def retries(self) -> int:
         """The number of attempts that were repeated."""
-        return self._coordinator.retries
+        self.entrance.check_process()
+        return self.entrance.retries
 
     @property
     def ended(self) -> bool:
@@ -141,11 +141,13 @@ class PipelineStatus:
     @property
     def lent_bytes(self) -> int:
         """Bytes of inputs in shared memory that nodes have not returned yet."""
-        return self._coordinator.requests.lent_bytes
+        self.entrance.check_process()
+        return self.entrance.lent_bytes
 
     def trace(self) -> dict[str, Any]:
         """The run so far as a timeline, in Chrome's trace event format, for pipelines launched with ``trace``.
 
+        It has the requests of the plan that runs now.
         Once the pipeline is closed, it contains the profiles of the sessions (``trace_ops``).
         """
         return chrome_trace(self.traced, StageGraph(self.plan).readers, self._coordinator.profiles)

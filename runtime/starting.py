@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import warnings
 from collections.abc import Mapping
 from concurrent.futures import wait
 from dataclasses import dataclass
@@ -50,8 +48,11 @@ class PreparedPipeline:
         folder: the plan directory.
         options: how it is run.
         coordinator: runs the nodes.
-        admission: limits the requests in flight.
+        admission: limits the requests in flight, perhaps together with those of another plan.
         entrance: checks and admits requests.
+        limits: the most requests in flight in this plan alone, and how many of them wake a caller that waits.
+        plan_id: the plan's identity.
+        launcher: starts the nodes; None for nodes that are started by hand.
     """
 
     plan: Plan
@@ -60,6 +61,9 @@ class PreparedPipeline:
     coordinator: Coordinator
     admission: Admission
     entrance: Entrance
+    limits: tuple[int, int]
+    plan_id: str
+    launcher: Launcher | None
 
     def wait(self) -> str:
         """Start the coordinator, and wait until all nodes are ready; returns the address to which they connect.
@@ -74,8 +78,17 @@ class PreparedPipeline:
         return ready.result()
 
 
-def launch_nodes(plan: str | Path, launcher: Launcher | None, options: Mapping[str, Any]) -> PreparedPipeline:
-    """Prepare a pipeline that starts its nodes; see :meth:`runtime.pipeline.Pipeline.launch`."""
+def launch_nodes(
+    plan: str | Path, launcher: Launcher | None, options: Mapping[str, Any], admission: Admission | None = None
+) -> PreparedPipeline:
+    """Prepare a pipeline that starts its nodes; see :meth:`runtime.pipeline.Pipeline.launch`.
+
+    Args:
+        plan: the plan directory.
+        launcher: starts the nodes, and is closed with the pipeline; None for nodes on this host.
+        options: the attributes of :class:`~runtime.options.RunOptions`.
+        admission: limits the requests in flight; None for one of its own.
+    """
     try:
         folder, wanted = plan_folder(plan), RunOptions.of(options)
         loaded = load_plan(folder)
@@ -100,15 +113,24 @@ def launch_nodes(plan: str | Path, launcher: Launcher | None, options: Mapping[s
             launcher=launcher,
             start_timeout_s=wanted.start_timeout or START_TIMEOUT_S,
         )
-        return _started(setup, wanted, memory_bytes)
+        return _prepared(setup, wanted, memory_bytes, admission)
     except BaseException:
         if launcher is not None:
             launcher.close(keep_logs=False)
         raise
 
 
-def wait_for_nodes(plan: str | Path, bind: str, options: Mapping[str, Any]) -> PreparedPipeline:
-    """Prepare a pipeline whose nodes are started by hand; see :meth:`runtime.pipeline.Pipeline.listen`."""
+def wait_for_nodes(
+    plan: str | Path, bind: str, options: Mapping[str, Any], admission: Admission | None = None
+) -> PreparedPipeline:
+    """Prepare a pipeline whose nodes are started by hand; see :meth:`runtime.pipeline.Pipeline.listen`.
+
+    Args:
+        plan: the plan directory.
+        bind: the address for nodes.
+        options: the attributes of :class:`~runtime.options.RunOptions`.
+        admission: as for :func:`launch_nodes`.
+    """
     wanted = RunOptions.of(options)
     refuse_ranges(wanted, "Nodes that are started by hand come and go with elastic=True")
     refuse_custom_ops(wanted, "each node that is started by hand", "onnxsplit node --custom-ops FILE.so")
@@ -128,34 +150,28 @@ def wait_for_nodes(plan: str | Path, bind: str, options: Mapping[str, Any]) -> P
             launcher=None,
             start_timeout_s=wanted.start_timeout,
         )
-        return _started(setup, wanted, memory_bytes)
+        return _prepared(setup, wanted, memory_bytes, admission)
     except BaseException:
         shutil.rmtree(rendezvous.home, ignore_errors=True)
         raise
 
 
-def _started(setup: Setup, options: RunOptions, memory_bytes: int) -> PreparedPipeline:
+def _prepared(setup: Setup, options: RunOptions, memory_bytes: int, admission: Admission | None) -> PreparedPipeline:
     plan = setup.plan
     rows = batch_size(plan) if options.micro_batch is None else options.micro_batch
     enough = enough_inflight(plan, options.most_counts(plan), batches=max(1, rows // batch_size(plan)))
     inflight = 1 if options.mode == "sync" else options.inflight or enough
     group = 1 if options.inflight else max(1, inflight // _GROUPS)
-    check, admission = RequestCheck(setup.folder, plan, rows), Admission(inflight, memory_bytes, group)
+    check, admission = RequestCheck(setup.folder, plan, rows), admission or Admission(inflight, memory_bytes, group)
     coordinator = Coordinator(setup)
-    entrance = Entrance(plan, check, admission, coordinator.requests)
-    return PreparedPipeline(plan, setup.folder, options, coordinator, admission, entrance)
-
-
-def end_dropped(coordinator: Coordinator, name: str, owner: int) -> None:
-    """End a pipeline that nobody refers to any more, when its requests are answered.
-
-    It may run in any thread, inside any function, so it waits for nothing.
-    """
-    if os.getpid() != owner or coordinator.ended:
-        return
-    coordinator.close_when_drained()
-    warnings.warn(
-        f"the pipeline of {name} was dropped without close(); its nodes end now. Use a with statement, or close it",
-        ResourceWarning,
-        stacklevel=2,
+    return PreparedPipeline(
+        plan=plan,
+        folder=setup.folder,
+        options=options,
+        coordinator=coordinator,
+        admission=admission,
+        entrance=Entrance(plan, check, admission, coordinator.requests),
+        limits=(inflight, group),
+        plan_id=setup.plan_id,
+        launcher=setup.launcher,
     )

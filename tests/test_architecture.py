@@ -34,7 +34,9 @@ ONLINE = [
     "node coordinator measure launch",
     "options requests testing",
     "launching text node_table",
-    "starting opening pipeline_status",
+    "starting opening",
+    "recut",
+    "pipeline_status pipeline_control",
     "pipeline torch_tensors services",
     "gateway",
     "load",
@@ -52,8 +54,8 @@ NEVER = [  # rules in addition to the rows
 ]
 SHARED = {  # the parts of onnxsplit that the runtime may use, in addition to its version
     "errors", "numbers", "files", "memory", "machine_load", "drawing", "tensors", "distance", "npz", "plan",
-    "plan_base", "plan_borders", "plan_decoder", "plan_files", "cluster", "cluster_files", "binding", "providers", "custom_ops",
-    "session", "timed", "step_inputs", "arguments", "file_cache",
+    "plan_base", "plan_borders", "plan_decoder", "plan_files", "cluster", "cluster_files", "binding", "providers",
+    "custom_ops", "session", "timed", "step_inputs", "arguments", "file_cache",
 }  # fmt: skip
 
 # Third-party libraries, and the only folders or files that import them.

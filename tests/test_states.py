@@ -8,6 +8,7 @@ import pytest
 
 from runtime.coordinator import node_record, pipeline_phase, sequence_record
 from runtime.node import state as node_state
+from runtime.recut import phases as recut_phases
 from runtime.transition_table import IllegalEventError, Machine, drawing
 
 DRAWING = Path(__file__).parents[1] / "docs" / "states.md"
@@ -29,6 +30,12 @@ TABLES = {
         sequence_record.TRANSITIONS,
         sequence_record.SequencePhase.WAITING,
         {sequence_record.SequencePhase.ENDED},
+    ),
+    "A change of a pipeline's plan": (
+        "runtime/recut/phases.py",
+        recut_phases.TRANSITIONS,
+        recut_phases.RecutPhase.STEADY,
+        {recut_phases.RecutPhase.ENDED},
     ),
     "A node, as it sees itself": (
         "runtime/node/state.py",

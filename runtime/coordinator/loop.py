@@ -196,6 +196,12 @@ class Coordinator:
             return self._machine.requests.retries
 
     @property
+    def in_flight(self) -> int:
+        """The number of requests and sequences that are not answered yet."""
+        with self.requests.lock:
+            return len(self._machine.requests) + len(self._machine.sequences or ())
+
+    @property
     def unreachable(self) -> str | None:
         """The dead links because of which no request can pass although every stage has a node; None when one can."""
         if not self.requests.lock.acquire(timeout=_LOCK_S):
@@ -358,12 +364,8 @@ class Coordinator:
 
     def _finish(self, failure: BaseException | None) -> None:
         """Answer all requests and resolve all futures, even if a step fails."""
-        if failure is None:
-            reason: PipelineError = PipelineClosed("the pipeline was closed")
-        elif isinstance(failure, PipelineError):
-            reason = failure
-        else:
-            reason = PipelineClosed(f"the coordinator failed: {failure!r}")
+        what = "the pipeline was closed" if failure is None else f"the coordinator failed: {failure!r}"
+        reason = failure if isinstance(failure, PipelineError) else PipelineClosed(what)
         steps: tuple[Callable[[], None], ...] = (
             lambda: self.requests.fail(reason),
             lambda: self._remove(failure),

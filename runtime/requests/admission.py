@@ -151,6 +151,12 @@ class Admission:
                 callbacks, self._on_release = self._on_release, callbacks
         return admitted, callbacks
 
+    def resize(self, requests: int, group: int = 1) -> None:
+        """Change the largest number of requests at once. Those that were admitted stay."""
+        with self._lock:
+            self.requests, self._group = requests, group
+        self.leave(object())  # others may fit now
+
     def when_released(self, releases: int, callback: Callable[[], None]) -> None:
         """Call ``callback`` once, in any thread, as soon as there have been more than ``releases`` releases.
 

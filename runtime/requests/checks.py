@@ -29,11 +29,13 @@ class RequestCheck:
     Attributes:
         specs: type and shape of each input of the model.
         required: the inputs of the model without a default.
+        former: tensors that an earlier plan of the pipeline has sent between stages.
     """
 
     def __init__(self, folder: Path, plan: Plan, rows: int) -> None:
         self.specs = {name: (plan.tensors[name].dtype, plan.tensors[name].shape) for name in plan.inputs}
         self.required = tuple(name for name in plan.inputs if name not in plan.defaults)
+        self.former: frozenset[str] = frozenset()
         self._plan = plan
         self._rows = rows
         self._constants = {
@@ -57,18 +59,22 @@ class RequestCheck:
         Raises:
             InputError: inputs or names do not fit the model.
         """
-        wanted = outputs if outputs is not None else self._plan.outputs
-        selection = self._selections.get(wanted) or self._select(wanted)
+        selection = self.select(outputs if outputs is not None else self._plan.outputs)
         check_inputs(inputs, self.specs, selection.optional, refused=self._refused)
         return selection
 
+    def select(self, wanted: tuple[str, ...]) -> OutputSelection:
+        """How outputs are obtained, by their names; raises as :meth:`check`. What was found is remembered."""
+        return self._selections.get(wanted) or self._select(wanted)
+
     def _select(self, wanted: tuple[str, ...]) -> OutputSelection:
-        """Check the requested names, and find how each output is obtained; cached."""
         plan = self._plan
         stage_tensors = plan.producers()
         unknown = [name for name in wanted if name not in stage_tensors and name not in plan.outputs]
         if unknown or not wanted:
             what = f"output {shown(unknown[0])} is unknown" if unknown else "no output is requested"
+            if not self.former.isdisjoint(unknown):
+                what += " now: the model was cut elsewhere while it served"
             allowed = dict.fromkeys((*plan.outputs, *stage_tensors))
             raise InputError(f"{what}; allowed: {', '.join(allowed)}")
         read = {name for stage in plan.stages_for(wanted) for name in plan.stages[stage].inputs}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Future
+from weakref import WeakSet
 
 from onnxsplit.plan import Plan
 from onnxsplit.tensors import Array, content_bytes
@@ -17,6 +19,8 @@ from runtime.requests.microbatch import ordinary_bytes
 from runtime.requests.normalize import normal_inputs, normal_names, normal_timeout_ns
 from runtime.requests.ordinary import OrdinaryRequests, WholeRequest
 from runtime.requests.request import Answering, Enterable, OutputSelection, Request
+
+OnRequest = Callable[[Mapping[str, Array], tuple[str, ...]], None]
 
 
 def deadline_of(timeout: object) -> int | None:
@@ -37,6 +41,11 @@ class Entrance:
         check: the requests that its model accepts.
         admission: limits the requests in flight.
         request_io: sends requests to the nodes.
+
+    Attributes:
+        in_parts: the futures of requests in several parts, of which later ones enter when earlier ones have ended.
+        on_request: called with the inputs of each request and the names of its outputs, before it enters; None calls
+            nothing.
     """
 
     def __init__(self, plan: Plan, check: RequestCheck, admission: Admission, request_io: RequestIO) -> None:
@@ -46,6 +55,8 @@ class Entrance:
         self._ordinary_bytes = ordinary_bytes(plan)
         self._kinds = OrdinaryRequests()
         self._closed = False
+        self.in_parts: WeakSet[Future[dict[str, Array]]] = WeakSet()
+        self.on_request: OnRequest | None = None
 
     def close(self) -> None:
         """Accept no more requests."""
@@ -98,6 +109,8 @@ class Entrance:
         kind = self._kinds.find(inputs, outputs)
         if kind is not None:
             assert isinstance(inputs, dict)
+            if self.on_request is not None:
+                self.on_request(inputs, kind.selection.names)
             return WholeRequest(self._request_io, self._admission, kind, inputs, deadline_ns)
         names = normal_names(outputs)
         arrays = normal_inputs(inputs, self._check.specs, self._check.required)
@@ -114,6 +127,25 @@ class Entrance:
             InputError: inputs or names do not fit the model.
         """
         return self._check.check(inputs, outputs)
+
+    def own(self, selection: OutputSelection) -> OutputSelection:
+        """What :meth:`check` returns here for a request that was checked, perhaps against another plan of the model.
+
+        Raises:
+            InputError: the request names a tensor that this plan does not send between stages.
+        """
+        return self._check.select(selection.names)
+
+    def forget(self, tensors: Collection[str]) -> None:
+        """Say to those that ask for one of these tensors that an earlier plan has sent it between stages."""
+        self._check.former = frozenset(tensors)
+
+    def recent_kinds(self, most: int) -> list[tuple[tuple[str, ...], dict[str, tuple[int, ...]]]]:
+        """The names of outputs, and the shapes of inputs, of the kinds of requests that came first lately."""
+        return [
+            (kind.selection.names, {name: shape for name, (_, shape) in kind.shapes.items()})
+            for kind in self._kinds.latest(most)
+        ]
 
     def enter(
         self,
@@ -137,6 +169,8 @@ class Entrance:
         self.check_open()
         kind = self._kinds.find(arrays, selection.names)
         if kind is not None:
+            if self.on_request is not None:
+                self.on_request(arrays, selection.names)
             request: Enterable = WholeRequest(self._request_io, self._admission, kind, arrays, deadline_ns)
         else:
             request = self._prepared(arrays, selection, deadline_ns)
@@ -146,6 +180,8 @@ class Entrance:
         self, arrays: Mapping[str, Array], selection: OutputSelection, deadline_ns: int | None, *, asked: bool = True
     ) -> Enterable:
         """A request that was checked; ``asked`` tells whether the caller has named the outputs."""
+        if self.on_request is not None:
+            self.on_request(arrays, selection.names)
         parts, ready = self._check.prepare(arrays, selection)
         size = sum(map(content_bytes, parts[0].values())) if parts else 0
         cost = cost_of(sum(array.nbytes for array in parts[0].values()), self._ordinary_bytes) if parts else 0
@@ -153,7 +189,11 @@ class Entrance:
             kind = self._kinds.learn(arrays, selection, asked=asked, size=size, cost=cost)
             if kind is not None:
                 return WholeRequest(self._request_io, self._admission, kind, arrays, deadline_ns)
-        return Request(self._request_io, self._admission, parts, selection, size, cost, deadline_ns, ready)
+        request = Request(self._request_io, self._admission, parts, selection, size, cost, deadline_ns, ready)
+        if len(parts) > 1:
+            self.in_parts.add(request.future)
+            request.future.add_done_callback(self.in_parts.discard)
+        return request
 
     def _admit(self, request: Enterable, deadline_ns: int | None, *, block: bool) -> Answering:
         """Let a request enter when it is admitted."""

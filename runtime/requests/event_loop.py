@@ -14,8 +14,8 @@ import threading
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from typing import TypeVar
+from contextlib import AbstractContextManager, suppress
+from typing import Protocol, TypeVar
 
 from onnxsplit.tensors import Array
 from runtime.requests.admission import Admission
@@ -28,17 +28,38 @@ _COPIED_BYTES = 1 << 20  # copying more takes about a tenth of a millisecond
 _THREADS = 2
 
 
+class HasEntrance(Protocol):
+    """A plan that runs."""
+
+    @property
+    def entrance(self) -> Entrance:
+        """Checks and admits its requests."""
+
+
+class Doorway(Protocol):
+    """Leads to the plan that runs now; see :class:`runtime.recut.door.Door`."""
+
+    @property
+    def admission(self) -> Admission:
+        """Limits the requests in flight."""
+
+    def entering(self) -> AbstractContextManager[HasEntrance]:
+        """The plan that runs now, which stays while a request enters it."""
+
+    def check_open(self) -> None:
+        """Check that the pipeline can be used; raises as :meth:`.Entrance.check_open`."""
+
+
 class EventLoopEntrance:
     """The entrance of a pipeline for callers in event loops. Its methods can be called from any number of loops.
 
     Args:
-        entrance: checks requests, and sends them.
-        admission: limits the requests in flight.
+        door: leads to the plan that runs.
     """
 
-    def __init__(self, entrance: Entrance, admission: Admission) -> None:
-        self._entrance = entrance
-        self._admission = admission
+    def __init__(self, door: Doorway) -> None:
+        self._door = door
+        self._admission = door.admission
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="pipeline-inputs")
 
     async def run(self, inputs: object, outputs: object, deadline_ns: int | None) -> dict[str, Array]:
@@ -49,18 +70,24 @@ class EventLoopEntrance:
         self, inputs: object, outputs: object, deadline_ns: int | None
     ) -> asyncio.Future[dict[str, Array]]:
         """Send one request; when this has returned, the inputs may be changed. Returns the future of its outputs."""
-        self._entrance.check_open()
-        if self._entrance.is_ordinary(inputs, outputs):
-            request = self._entrance.prepare(inputs, outputs, deadline_ns)
+        with self._door.entering() as running:
+            return await self._submit(running.entrance, inputs, outputs, deadline_ns)
+
+    async def _submit(
+        self, entrance: Entrance, inputs: object, outputs: object, deadline_ns: int | None
+    ) -> asyncio.Future[dict[str, Array]]:
+        entrance.check_open()
+        if entrance.is_ordinary(inputs, outputs):
+            request = entrance.prepare(inputs, outputs, deadline_ns)
         else:
-            preparing = self._in_thread(lambda: self._entrance.prepare(inputs, outputs, deadline_ns))
+            preparing = self._in_thread(lambda: entrance.prepare(inputs, outputs, deadline_ns))
             request = await self._until(deadline_ns, preparing)
         if not request.future.done():
             try:
                 await self._admit(request, deadline_ns)
                 await self._enter(request)
             except GeneratorExit:  # the task was dropped, perhaps by the garbage collector, which may hold a lock
-                self._entrance.later(request.abandon)
+                entrance.later(request.abandon)
                 raise
             except BaseException:
                 request.abandon()
@@ -115,7 +142,7 @@ class EventLoopEntrance:
         try:
             future = self._threads.submit(work)
         except RuntimeError:
-            self._entrance.check_open()  # the threads end after the entrance is closed
+            self._door.check_open()  # the threads end after the entrance is closed
             raise
         return await asyncio.wrap_future(future)
 

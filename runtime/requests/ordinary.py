@@ -50,6 +50,10 @@ class OrdinaryRequests:
         except TypeError:  # a name that cannot be hashed
             return None
 
+    def latest(self, most: int) -> list[Ordinary]:
+        """The kinds that were remembered last."""
+        return list(self._kinds.values())[-most:]
+
     def learn(
         self, inputs: Mapping[str, Array], selection: OutputSelection, *, asked: bool, size: int, cost: int
     ) -> Ordinary | None:

@@ -1,0 +1,98 @@
+"""What can be changed of a running plan: its nodes, where its results are received, and the plan itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+
+from onnxsplit.errors import InputError, shown
+from runtime.launching import plan_folder
+from runtime.options import check_scale
+from runtime.pipeline_status import PipelineStatus
+from runtime.recut.door import Door
+from runtime.recut.recutter import PlanWish, Recutter
+from runtime.recut.result import Recut
+
+_MOST_SPEED = 1e6
+
+
+class PipelineControl(PipelineStatus):
+    """The controls of a running plan. :class:`~runtime.pipeline.Pipeline` adds requests.
+
+    Args:
+        door: as for :class:`.PipelineStatus`.
+    """
+
+    def __init__(self, door: Door) -> None:
+        super().__init__(door)
+        self._recutter = Recutter(door)
+
+    def take_in_loop(self) -> tuple[int, Callable[[], None]]:
+        """Receive results and run callbacks in an event loop, instead of a thread of this pipeline.
+
+        Returns:
+            A descriptor and a function. The caller watches the descriptor until :meth:`close` and calls the function
+            whenever it is readable, then closes the descriptor. From now on, only these calls answer requests.
+        """
+        self.entrance.check_process()
+        return self.entrance.take_in_loop()
+
+    def scale(self, stage: int, replicas: int) -> None:
+        """Set the number of a stage's nodes while requests continue.
+
+        New nodes take requests as soon as they are ready. Nodes no longer needed finish their requests and end: those
+        that are not ready yet first, then the newest. Where the stage has a range, the load goes on from this number.
+
+        Raises:
+            InputError: there is no such stage, it would have no node, the number is outside its range, or the pipeline
+                would have too many nodes.
+            PipelineClosed: the pipeline was closed.
+        """
+        check_scale(self._coordinator.ranges, self._coordinator.planned, stage, replicas)
+        self._coordinator.scale(int(stage), int(replicas))
+
+    def recut(self, plan: str | Path | None = None, *, devices: Mapping[str, float] | None = None) -> Future[Recut]:
+        """Change to another plan of the same model while requests continue. Returns at once.
+
+        The nodes of the new plan are started beside those that run. A few requests are sent to both plans, and where
+        the answers are the same, new requests enter the new plan. The nodes of the old plan end when they have answered
+        theirs; sequences stay with the nodes that they began on. If anything fails, the old plan serves on.
+
+        Args:
+            plan: the directory of the new plan. When None, the model is planned anew from the costs in the present
+                plan, and changed to if that is better.
+            devices: for planning anew: the speeds of devices or hosts, by name, relative to when the plan was made. For
+                a plan without a cluster the names are the numbers of the devices, from ``"0"``.
+
+        Returns:
+            A future of what became of it. It fails with RecutRefused (the plan is of another model, or its nodes have
+            no room), RecutFailed, or PipelineClosed; it cannot be cancelled.
+
+        Raises:
+            InputError: an argument is invalid.
+            RecutRefused: the plan is being changed already.
+            PipelineClosed: the pipeline was closed.
+        """
+        self.entrance.check_open()
+        if plan is not None and devices:
+            raise InputError("devices are for planning anew; leave out plan, or leave out devices")
+        folder = None if plan is None else plan_folder(plan)
+        return self._recutter.start(PlanWish(folder, _speeds(devices)))
+
+
+def _speeds(devices: object) -> dict[str, float]:
+    """The speeds of devices, checked.
+
+    Raises:
+        InputError: they are not numbers above 0 by name.
+    """
+    if devices is None:
+        return {}
+    if not isinstance(devices, Mapping):
+        raise InputError(f"devices must map names to speeds, as in {{'host-a': 0.5}}, not {shown(devices)}")
+    for name, speed in devices.items():
+        good = isinstance(speed, int | float) and not isinstance(speed, bool) and 0 < speed <= _MOST_SPEED
+        if not isinstance(name, str) or not good:
+            raise InputError(f"the speed of device {shown(name)} must be a number above 0, not {shown(speed)}")
+    return {name: float(speed) for name, speed in devices.items()}

@@ -1,0 +1,316 @@
+"""Changes a pipeline to another plan while it serves: plan, load, compare, swap, then keep the plan or go back."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from onnxsplit.errors import OnnxsplitError, one_line
+from onnxsplit.plan_files import load_plan, plan_id
+from runtime.errors import LaunchFailed, PipelineClosed, PipelineError, RecutFailed, RecutRefused
+from runtime.logs import log_event
+from runtime.recut.beside import prepare_beside
+from runtime.recut.door import Door
+from runtime.recut.phases import TRANSITIONS, RecutChange, RecutPhase
+from runtime.recut.planning import replan
+from runtime.recut.result import Recut, RecutSeconds
+from runtime.recut.running_plan import RunningPlan
+from runtime.recut.same_model import why_another_model
+from runtime.recut.warming import AnswersDiffer, RequestSamples, compare
+from runtime.transition_table import Machine
+
+_log = logging.getLogger("runtime.recut")
+RESULTS = ("kept", "rolled_back", "no_gain", "refused", "failed")
+
+
+@dataclass(frozen=True)
+class PlanWish:
+    """A plan that a pipeline is to change to.
+
+    Attributes:
+        folder: the plan directory; None plans the model anew.
+        speeds: for a new plan: the speeds of devices, relative to when the present plan was made.
+        stage_times_ns: for a new plan: times of the present stages at full speed; None for those of the present plan.
+        least_gain: the least gain in per cent for which a new plan is taken.
+    """
+
+    folder: Path | None
+    speeds: Mapping[str, float]
+    stage_times_ns: Sequence[int] | None = None
+    least_gain: float = 0.0
+
+
+class Recutter:
+    """Changes the plan behind a door, one change at a time, each in a thread of its own.
+
+    Args:
+        door: the door of the pipeline.
+
+    Attributes:
+        counts: how often each of :data:`RESULTS` was the result.
+        last: the last result; None before the first.
+    """
+
+    def __init__(self, door: Door) -> None:
+        self.counts = dict.fromkeys(RESULTS, 0)
+        self.last: Recut | PipelineError | None = None
+        self._door = door
+        self._machine = Machine("recut", TRANSITIONS, RecutPhase.STEADY)
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._remove_plan: dict[RunningPlan, Callable[[], None]] = {}  # for plans that were made here
+        self._changed: list[Callable[[], None]] = []
+
+    @property
+    def phase(self) -> RecutPhase:
+        """What is being done now."""
+        return self._machine.state
+
+    def on_change(self, call: Callable[[], None]) -> None:
+        """Call a function, in any thread, each time that requests begin to enter another plan."""
+        self._changed.append(call)
+
+    def start(self, wish: PlanWish) -> Future[Recut]:
+        """Begin a change.
+
+        Raises:
+            RecutRefused: another one is under way.
+            PipelineClosed: the pipeline is closed.
+        """
+        with self._lock:
+            if self._stopped.is_set():
+                raise PipelineClosed("the pipeline was closed")
+            if self._machine.state is not RecutPhase.STEADY:
+                self.counts["refused"] += 1
+                raise RecutRefused(f"the plan of this pipeline is being changed already ({self.phase}); wait for that")
+            self._machine.go(RecutChange.PLAN if wish.folder is None else RecutChange.LOAD)
+            future: Future[Recut] = Future()
+            future.set_running_or_notify_cancel()
+            self._thread = threading.Thread(target=self._change, args=(wish, future), name="recut", daemon=True)
+            self._thread.start()
+        return future
+
+    def stop(self) -> None:
+        """Give up a change that is under way, soon, and start no other. This waits for nothing."""
+        self._stopped.set()
+
+    def close(self) -> None:
+        """Give up a change that is under way, and start no other. Call it before the door is closed."""
+        with self._lock:
+            self.stop()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+        self._machine.go(RecutChange.CLOSE)
+
+    def remove_plans(self) -> None:
+        """Remove the plan directories that were made here. Call it when the nodes have ended."""
+        for remove in self._remove_plan.values():
+            remove()
+        self._remove_plan.clear()
+
+    def _change(self, wish: PlanWish, future: Future[Recut]) -> None:
+        """Carry out a change, in its thread."""
+        change = _Change(wish, old=self._door.current)
+        try:
+            recut = self._carried_out(change)
+            result = "kept" if recut.kept else "rolled_back" if change.swapped else "no_gain"
+            self.counts[result] += 1
+            self.last = recut
+            log_event(_log, logging.INFO, "plan changed" if recut.kept else "plan not changed", why=recut.why)
+            future.set_result(recut)
+        except BaseException as problem:
+            error = self._given_up(change, problem)
+            self.counts["refused" if isinstance(error, RecutRefused) else "failed"] += 1
+            self.last = error
+            log_event(_log, logging.WARNING, "plan not changed", why=error)
+            future.set_exception(error)
+
+    def _given_up(self, change: _Change, problem: BaseException) -> PipelineError:
+        """End what was begun, and go on with the old plan; returns the error for the caller."""
+        try:
+            self._drop(change)
+        except Exception:
+            _log.exception("a plan could not be ended")
+        if self._machine.state is not RecutPhase.STEADY:
+            differs = isinstance(problem, AnswersDiffer)
+            back = self._machine.state in (RecutPhase.SWAPPED, RecutPhase.PROVING)
+            self._machine.go(RecutChange.ROLL_BACK if back else RecutChange.DIFFER if differs else RecutChange.FAIL)
+        if isinstance(problem, RecutRefused | RecutFailed | PipelineClosed):
+            return problem
+        if self._stopped.is_set():
+            return PipelineClosed("the pipeline was closed")
+        if not isinstance(problem, OnnxsplitError):
+            _log.error("a change of the plan failed", exc_info=problem)
+            return RecutFailed(f"the plan was not changed: {problem!r}")
+        failed = RecutFailed(f"the plan was not changed, and the present one serves on: {one_line(problem)}")
+        failed.__cause__ = problem
+        return failed
+
+    def _drop(self, change: _Change) -> None:
+        """End the new plan, if it was begun. Where it takes requests already, they are answered first."""
+        new = change.new
+        if new is not None and self._door.current is new:
+            if self._stopped.is_set():
+                return  # it is ended with the pipeline
+            self._swap(change.old)
+            new.wait_until_idle(self._stopped.is_set)
+        if new is not None:
+            self._remove_plan.pop(new, None)
+            self._door.remove(new)
+        change.remove_plan()
+
+    def _swap(self, running: RunningPlan) -> bool:
+        """Let requests enter another plan."""
+        swapped = self._door.swap(running)
+        for call in self._changed:
+            call()
+        return swapped
+
+    def _carried_out(self, change: _Change) -> Recut:
+        """Plan, load, compare, swap, drain and prove.
+
+        Raises:
+            PipelineError: the change was given up.
+        """
+        machine, old, stopped = self._machine, change.old, self._stopped.is_set
+        folder = change.wish.folder or self._planned(change)
+        if folder is None:
+            machine.go(RecutChange.NO_GAIN)
+            return change.result(kept=False, why="no cut of the model is better at the present speeds")
+        plan = load_plan(folder)
+        change.new_id = plan_id(plan.to_json())
+        if (problem := why_another_model(old.plan, plan)) is not None:
+            raise RecutRefused(f"{folder} is a plan of another model: {problem}")
+        with change.timed("loading"), RequestSamples(old) as samples:
+            new = prepare_beside(old, folder, plan, self._door.admission, stopped)
+            change.new = new
+            if not self._door.add(new):
+                raise PipelineClosed("the pipeline was closed")
+            log_event(_log, logging.INFO, "loading a plan", folder=folder, stages=len(plan.stages))
+            new.wait()
+        self._remove_plan[new] = change.remove_plan
+        machine.go(RecutChange.READY)
+        with change.timed("warming"):
+            compared = compare(old, new, samples.taken(), stopped)
+            log_event(_log, logging.INFO, "answers are the same", requests=compared)
+        machine.go(RecutChange.SAME)
+        if not self._swap(new):
+            raise PipelineClosed("the pipeline was closed")
+        change.swapped = True
+        with change.timed("draining"):
+            if not old.wait_until_idle(lambda: stopped() or new.coordinator.ended):
+                raise (
+                    PipelineClosed("the pipeline was closed")
+                    if stopped()
+                    else LaunchFailed(f"the nodes of the new plan have ended: {new.coordinator.trouble}")
+                )
+        machine.go(RecutChange.DRAINED)
+        return self._proven(change)
+
+    def _planned(self, change: _Change) -> Path | None:
+        """Plan anew; None where no plan is better."""
+        wish, old = change.wish, change.old
+        found = replan(
+            old.folder,
+            speeds=wish.speeds,
+            stage_times_ns=wish.stage_times_ns,
+            least_gain=wish.least_gain,
+            stopped=self._stopped.is_set,
+        )
+        change.remove_plan = found.close
+        change.seconds = replace(change.seconds, planning=found.seconds)
+        change.predicted_gain = found.gain
+        if found.folder is None or found.gain <= 1.0:
+            found.close()
+            return None
+        self._machine.go(RecutChange.GAIN)
+        return found.folder
+
+    def _proven(self, change: _Change) -> Recut:
+        """Keep the new plan, or go back to the old one."""
+        self._door.remove(change.old)
+        if (remove := self._remove_plan.pop(change.old, None)) is not None:
+            remove()
+        self._machine.go(RecutChange.KEEP)
+        return change.result(kept=True, why="the new plan answers as the old one did")
+
+
+def end_dropped(recutter: Recutter, door: Door, name: str, owner: int) -> None:
+    """End a pipeline that nobody refers to any more, when its requests are answered.
+
+    It may run in any thread, inside any function, so it waits for nothing.
+
+    Args:
+        recutter: changes its plan.
+        door: its door.
+        name: the name of the plan directory.
+        owner: the process that has launched it.
+    """
+    if os.getpid() != owner or door.current.coordinator.ended:
+        return
+    recutter.stop()
+    door.close_when_drained()
+    warnings.warn(
+        f"the pipeline of {name} was dropped without close(); its nodes end now. Use a with statement, or close it",
+        ResourceWarning,
+        stacklevel=2,
+    )
+
+
+class _Change:
+    """What is known of one change so far.
+
+    Args:
+        wish: the plan that is wanted.
+        old: the plan that takes requests.
+    """
+
+    def __init__(self, wish: PlanWish, old: RunningPlan) -> None:
+        self.wish = wish
+        self.old = old
+        self.new: RunningPlan | None = None
+        self.new_id = old.plan_id
+        self.swapped = False
+        self.predicted_gain: float | None = None
+        self.measured_gain: float | None = None
+        self.seconds = RecutSeconds()
+        self.remove_plan: Callable[[], None] = lambda: None
+
+    def timed(self, step: str) -> _Timed:
+        """Take the time of a step; a context manager."""
+        return _Timed(self, step)
+
+    def result(self, *, kept: bool, why: str) -> Recut:
+        """The result of the change."""
+        return Recut(
+            old=self.old.plan_id,
+            new=self.new_id,
+            kept=kept,
+            predicted_gain=self.predicted_gain,
+            measured_gain=self.measured_gain,
+            seconds=self.seconds,
+            why=why,
+        )
+
+
+class _Timed:
+    """Takes the time of a step of a change."""
+
+    def __init__(self, change: _Change, step: str) -> None:
+        self._change, self._step = change, step
+        self._begun = time.monotonic()
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        took = time.monotonic() - self._begun
+        self._change.seconds = replace(self._change.seconds, **{self._step: took})

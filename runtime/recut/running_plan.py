@@ -1,0 +1,72 @@
+"""A plan that runs, with its own coordinator and nodes. A pipeline that is being cut anew has two of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from weakref import WeakSet
+
+from runtime.requests.generator import Generator
+from runtime.starting import PreparedPipeline
+
+_LOOK_S = 0.01
+
+
+class RunningPlan:
+    """A plan that runs.
+
+    Args:
+        prepared: its parts.
+        number: its generation: 1 for the plan that the pipeline was launched with.
+
+    Attributes:
+        number: as given.
+        plan: the plan.
+        folder: the plan directory.
+        plan_id: the plan's identity.
+        options: how it is run.
+        limits: the most requests in flight in it, and how many of them wake a caller that waits.
+        launcher: starts its nodes; None for nodes that are started by hand.
+        coordinator: runs its nodes.
+        entrance: checks and admits its requests.
+        generator: starts its generations of tokens.
+        address: the address to which its nodes connect; empty before all nodes were ready.
+        leases: the calls that are about to send a request to it.
+    """
+
+    def __init__(self, prepared: PreparedPipeline, number: int) -> None:
+        self.number = number
+        self.plan = prepared.plan
+        self.folder = prepared.folder
+        self.plan_id = prepared.plan_id
+        self.options = prepared.options
+        self.limits = prepared.limits
+        self.launcher = prepared.launcher
+        self.coordinator = prepared.coordinator
+        self.entrance = prepared.entrance
+        self.generator = Generator(prepared.coordinator, prepared.plan, prepared.entrance.check_open)
+        self.address = ""
+        self.leases: WeakSet[object] = WeakSet()
+        self._prepared = prepared
+
+    def wait(self) -> None:
+        """Start the coordinator, and wait until all nodes are ready; raises as :meth:`.PreparedPipeline.wait`."""
+        self.address = self._prepared.wait()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request or sequence is on its way to it or in it."""
+        return not self.leases and not self.entrance.in_parts and not self.coordinator.in_flight
+
+    def wait_until_idle(self, stopped: Callable[[], bool]) -> bool:
+        """Wait until it is idle; returns False if it was asked to stop first, or the coordinator has ended."""
+        while not self.is_idle:
+            if stopped() or self.coordinator.ended:
+                return False
+            time.sleep(_LOOK_S)
+        return True
+
+    def close(self) -> None:
+        """Stop its nodes; requests that are left fail with :class:`~runtime.errors.PipelineClosed`."""
+        self.entrance.close()
+        self.coordinator.close()
