@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 
 from onnxsplit.errors import InputError, shown
@@ -15,6 +16,27 @@ from runtime.recut.recutter import PlanWish, Recutter
 from runtime.recut.result import Recut
 
 _MOST_SPEED = 1e6
+
+
+@dataclass(frozen=True)
+class Recuts:
+    """How the plan of a pipeline was changed.
+
+    Attributes:
+        generation: the number of the plan that runs: 1 for the one that the pipeline was launched with.
+        phase: what is being done: steady, planning, loading, warming, swapped, proving or ended.
+        results: how often a change ended in each way: kept, rolled_back, no_gain, refused or failed.
+        last: what became of the last change; empty before the first.
+        advice: what would be gained by another cut, or why nothing is known; empty where that is not watched.
+        drift: the time of each device's stages over their usual time; empty where that is not watched.
+    """
+
+    generation: int
+    phase: str
+    results: Mapping[str, int]
+    last: str
+    advice: str
+    drift: Mapping[str, float]
 
 
 class PipelineControl(PipelineStatus):
@@ -79,6 +101,23 @@ class PipelineControl(PipelineStatus):
             raise InputError("devices are for planning anew; leave out plan, or leave out devices")
         folder = None if plan is None else plan_folder(plan)
         return self._recutter.start(PlanWish(folder, _speeds(devices)))
+
+    @property
+    def recuts(self) -> Recuts:
+        """How the plan was changed so far."""
+        recutter = self._recutter
+        return Recuts(
+            generation=self.entrance.current.number,
+            phase=str(recutter.phase),
+            results=dict(recutter.counts),
+            last=recutter.last,
+            advice="",
+            drift={},
+        )
+
+    def on_recut(self, call: Callable[[], None]) -> None:
+        """Call a function, in any thread, each time that requests begin to enter another plan."""
+        self._recutter.on_change(call)
 
 
 def _speeds(devices: object) -> dict[str, float]:

@@ -13,6 +13,7 @@ OnnxsplitError
 ├── MissingDependency     501  UNIMPLEMENTED        the server lacks a package that the request needs
 ├── InputError            400  INVALID_ARGUMENT     the request does not fit the protocol or the model
 └── PipelineError         500  INTERNAL             a stage or node failed
+├── RecutRefused                                409  FAILED_PRECONDITION
 ├── Busy, StageUnavailable, PipelineClosed      503  UNAVAILABLE
 ├── DeadlineExceeded                            504  DEADLINE_EXCEEDED
 └── Cancelled                                   499  CANCELLED
@@ -24,7 +25,7 @@ import traceback
 from typing import NamedTuple
 
 from onnxsplit.errors import InputError, MissingDependency, OnnxsplitError
-from runtime.errors import Busy, Cancelled, DeadlineExceeded, PipelineClosed, StageUnavailable
+from runtime.errors import Busy, Cancelled, DeadlineExceeded, PipelineClosed, RecutRefused, StageUnavailable
 
 
 class GatewayError(OnnxsplitError):
@@ -95,6 +96,7 @@ _STATUS: tuple[tuple[type[BaseException], Status], ...] = (
     (TooSlow, Status(408, "DEADLINE_EXCEEDED")),
     (Unsupported, Status(501, "UNIMPLEMENTED")),
     (MissingDependency, Status(501, "UNIMPLEMENTED")),
+    (RecutRefused, Status(409, "FAILED_PRECONDITION")),
     (Busy, Status(503, "UNAVAILABLE")),
     (StageUnavailable, Status(503, "UNAVAILABLE")),
     (PipelineClosed, Status(503, "UNAVAILABLE")),

@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from onnxsplit.errors import OnnxsplitError, one_line
+from onnxsplit.errors import OnnxsplitError, PlanError, one_line
 from onnxsplit.plan_files import load_plan, plan_id
 from runtime.errors import LaunchFailed, PipelineClosed, PipelineError, RecutFailed, RecutRefused
 from runtime.logs import log_event
@@ -55,12 +55,12 @@ class Recutter:
 
     Attributes:
         counts: how often each of :data:`RESULTS` was the result.
-        last: the last result; None before the first.
+        last: what became of the last change; empty before the first.
     """
 
     def __init__(self, door: Door) -> None:
         self.counts = dict.fromkeys(RESULTS, 0)
-        self.last: Recut | PipelineError | None = None
+        self.last = ""
         self._door = door
         self._machine = Machine("recut", TRANSITIONS, RecutPhase.STEADY)
         self._lock = threading.Lock()
@@ -123,13 +123,13 @@ class Recutter:
             recut = self._carried_out(change)
             result = "kept" if recut.kept else "rolled_back" if change.swapped else "no_gain"
             self.counts[result] += 1
-            self.last = recut
+            self.last = recut.why
             log_event(_log, logging.INFO, "plan changed" if recut.kept else "plan not changed", why=recut.why)
             future.set_result(recut)
         except BaseException as problem:
             error = self._given_up(change, problem)
             self.counts["refused" if isinstance(error, RecutRefused) else "failed"] += 1
-            self.last = error
+            self.last = str(error)
             log_event(_log, logging.WARNING, "plan not changed", why=error)
             future.set_exception(error)
 
@@ -185,7 +185,10 @@ class Recutter:
         if folder is None:
             machine.go(RecutChange.NO_GAIN)
             return change.result(kept=False, why="no cut of the model is better at the present speeds")
-        plan = load_plan(folder)
+        try:
+            plan = load_plan(folder)
+        except PlanError as error:
+            raise RecutRefused(str(error)) from error
         change.new_id = plan_id(plan.to_json())
         if (problem := why_another_model(old.plan, plan)) is not None:
             raise RecutRefused(f"{folder} is a plan of another model: {problem}")

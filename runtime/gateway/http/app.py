@@ -24,7 +24,7 @@ from runtime.gateway.http.bodies import Bodies
 from runtime.gateway.http.generate import GenerateEndpoint
 from runtime.gateway.http.inference import HEADER_LENGTH, AccessControlled, InferenceEndpoint
 from runtime.gateway.http.responses import json_response, on_error, on_http_error, readiness
-from runtime.gateway.models import metadata
+from runtime.gateway.models import metadata, recuts
 from runtime.gateway.openai.routes import OpenAIEndpoint
 from runtime.gateway.protocol.documents import (
     ChangeRequest,
@@ -35,6 +35,7 @@ from runtime.gateway.protocol.documents import (
     Statistics,
     VersionState,
 )
+from runtime.gateway.protocol.recuts import RecutRequest
 from runtime.gateway.service import Service
 from runtime.gateway.services.pool import ServicePool
 from runtime.gateway.shared_memory import Region
@@ -117,6 +118,7 @@ class HttpApp:
             ("POST", "/v2/repository/index", self._index),
             ("POST", "/v2/repository/models/{model}/load", self._load),
             ("POST", "/v2/repository/models/{model}/unload", self._unload),
+            ("POST", "/v2/repository/models/{model}/recut", self._recut),
             ("POST", f"{system}{region}/register", self._register),
             ("POST", f"{cuda}{region}/register", _unsupported("CUDA shared memory")),
             ("GET POST", "/v2/trace/setting", no_traces),
@@ -134,6 +136,7 @@ class HttpApp:
                 ("GET", f"{path}/ready", self._model_ready),
                 ("GET", f"{path}/config", self._config),
                 ("GET", f"{path}/stats", self._stats),
+                ("GET", f"{path}/generations", self._generations),
                 ("GET POST", f"{path}/trace/setting", no_traces),
             ]
         for part in ("", region):
@@ -197,6 +200,15 @@ class HttpApp:
         await self._document(request, ChangeRequest)
         await self._repository.unload(request.path_params["model"])
         return Response()
+
+    async def _recut(self, request: Request) -> Response:
+        wanted = await self._document(request, RecutRequest)
+        version = self._repository.loaded(request.path_params["model"])
+        return json_response(await recuts.recut(version, wanted))
+
+    async def _generations(self, request: Request) -> Response:
+        version, _ = self._service.find(*_model_and_version(request))
+        return json_response(recuts.generations(version))
 
     # Shared memory
 

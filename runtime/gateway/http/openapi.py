@@ -38,6 +38,7 @@ from runtime.gateway.protocol.documents import (
     ServerMetadata,
     Statistics,
 )
+from runtime.gateway.protocol.recuts import Generations, RecutDocument, RecutRequest
 
 _ERRORS = {
     400: "The request is not valid; the message says where.",
@@ -45,6 +46,7 @@ _ERRORS = {
     403: "Not allowed from there: another site's page, or another host's shared memory.",
     404: "There is no such model, version or region.",
     408: f"The body stopped arriving for {SILENCE_S:g} s.",
+    409: "The plan is being changed already, or cannot be changed to that one.",
     413: "The request is larger than allowed.",
     429: "Too many requests wait; try again after Retry-After.",
     500: "A stage could not execute the request, or the server has a bug.",
@@ -123,10 +125,15 @@ _OPERATIONS = [
             _Operation("get", f"{path}/ready", "Say whether the model executes requests", None, (404, 503)),
             _Operation("get", f"{path}/config", "Give the configuration as Triton's ModelConfig", Json, (404,)),
             _Operation("get", f"{path}/stats", "Give statistics", Statistics, (404,)),
+            _Operation("get", f"{path}/generations", "List the plans that have nodes", Generations, (404, 503)),
             *_refused("Trace settings", f"{path}/trace/setting"),
         )
     ],
     _Operation("post", "/v2/repository/models/{model}/load", "Load a model", None, _CHANGE, ChangeRequest),
+    _Operation(
+        "post", "/v2/repository/models/{model}/recut", "Change the plan of a model while it serves", RecutDocument,
+        (*_CHANGE, 409), RecutRequest,
+    ),
     _Operation("post", "/v2/repository/models/{model}/unload", "Unload a model", None, _CHANGE, ChangeRequest),
     _Operation(
         "post", f"/v2/systemsharedmemory{_REGION}/register", "Register a region of shared memory", None,

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from onnxsplit.errors import OnnxsplitError
@@ -94,12 +95,28 @@ class Loader:
             if failed is not None:
                 await run(None, failed.close)
             raise
+        self._follow(version, version.pipeline)
         version.counters, version.grace = Counters(), ReadyGrace(self._grace_s)
         version.batcher = Batcher(version.pipeline, self._limits, version.counters)
         version.open_sequences(self._sequences)
         self.changes += 1
         version.state, version.reason = VersionState.READY, ""
         self._tell(version, warmed, time.monotonic() - begun)
+
+    def _follow(self, version: Version, pipeline: Pipeline) -> None:
+        """Let a version have the plan that its pipeline runs, also when that changes."""
+        loop = asyncio.get_running_loop()
+
+        def changed() -> None:
+            if version.pipeline is pipeline:
+                version.plan = pipeline.plan
+                self.changes += 1
+
+        def on_recut() -> None:
+            with suppress(RuntimeError):  # the event loop has ended
+                loop.call_soon_threadsafe(changed)
+
+        pipeline.on_recut(on_recut)
 
     async def _warm_up(self, version: Version, pipeline: Pipeline) -> int:
         """Send the warm-up requests, until the server stops; returns their number."""

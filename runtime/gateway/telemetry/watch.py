@@ -98,6 +98,7 @@ class Watch:
         self._slowest: list[Timeline] = []
         self._slowest_changes = 0
         self._nodes: dict[tuple[int, int], _NodeWatch] = {}
+        self._generation = 0
         self._text = _TextWatch(times)
 
     def view(self, now_ns: int, at_ms: int) -> ModelView:
@@ -109,6 +110,8 @@ class Watch:
         """
         version, counters, pipeline = self._version, self._version.counters, self._version.pipeline
         stats = pipeline.stats() if pipeline is not None else ()
+        if pipeline is not None and pipeline.recuts.generation != self._generation:
+            self._generation, self._nodes = pipeline.recuts.generation, {}  # the nodes are others now
         failures = tuple(counters.failures[reason] for reason in FAILURE_REASONS)
         part = self._minute.update(now_ns, (counters.success.count, *failures), counters.times)
         self._keep_slowest(now_ns, at_ms)
