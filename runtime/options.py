@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, get_args
 
 from onnxsplit.arguments import check_names, option_names
 from onnxsplit.cluster import parse_size
@@ -31,12 +31,16 @@ from runtime.wire.messages.control import POLICIES, Policy
 from runtime.wire.messages.sequences import MOST_NEW_TOKENS, MOST_ROWS
 
 Mode = Literal["sync", "async"]
+Rebalance = Literal["off", "advise", "auto"]
 
 _WAITING_NS = 10_000_000  # time that the requests of each node take together, if its stage is short
 _MOST_FOR_A_NODE = 8
 _ENOUGH_INFLIGHT = 1024
 MOST_PORT = 65535
 """The largest number of a TCP port."""
+
+MOST_REBALANCE_GAIN = 1000.0
+"""The largest gain in percent from which a plan can be changed."""
 
 _WHOLE = {  # options that are whole numbers, with their limits
     "threads": (1, MOST_THREADS),
@@ -94,6 +98,8 @@ class RunArguments(TypedDict, total=False):
     decode_groups: int | None
     exact_replay: bool
     prefix_reuse: bool
+    rebalance: Rebalance
+    rebalance_gain: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +159,9 @@ class RunOptions:
         prefix_reuse: for a plan with a decoder whose states can be cut: whether a sequence begins with the states of
             another one whose text begins alike. Slots of sequences that have ended are kept for that, until others
             need the room. The tokens are the same.
+        rebalance: whether the speeds of devices are watched: ``advise`` says what another cut of the model would gain
+            (:attr:`~runtime.pipeline_control.PipelineControl.recuts`), and ``auto`` changes to it; see docs/recut.md.
+        rebalance_gain: the predicted gain in percent from which the plan is changed.
     """
 
     replicas: Replicas = None
@@ -186,6 +195,8 @@ class RunOptions:
     decode_groups: int | None = None
     exact_replay: bool = True
     prefix_reuse: bool = True
+    rebalance: Rebalance = "off"
+    rebalance_gain: float = 15.0
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> RunOptions:
@@ -214,6 +225,10 @@ class RunOptions:
         """
         if self.mode not in ("sync", "async"):
             raise InputError(f"mode {shown(self.mode)} is unknown; allowed: sync, async")
+        if self.rebalance not in get_args(Rebalance):
+            raise InputError(
+                f"rebalance {shown(self.rebalance)} is unknown; allowed: {', '.join(get_args(Rebalance))}"
+            )
         if self.balance not in POLICIES:
             raise InputError(f"balance {shown(self.balance)} is unknown; allowed: {', '.join(POLICIES)}")
         problems = [
@@ -247,6 +262,7 @@ class RunOptions:
         ]
         if self.start_timeout is not None:
             problems.append(real_problem("start_timeout", self.start_timeout, MOST_SECONDS))
+        problems.append(real_problem("rebalance_gain", self.rebalance_gain, MOST_REBALANCE_GAIN))
         for name in ("scale_up_after", "scale_down_after"):
             problems.append(real_problem(name, getattr(self, name), MOST_SCALE_S))
         if self.ports is not None and not (

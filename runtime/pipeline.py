@@ -47,12 +47,14 @@ class Pipeline(PipelineControl):
         door = Door(first, started.admission)
         super().__init__(door)
         self._asynchronous = EventLoopEntrance(door)
-        self._finalizer = weakref.finalize(self, end_dropped, self._recutter, door, self._name, os.getpid())
+        self._finalizer = weakref.finalize(self, end_dropped, self._stops, door, self._name, os.getpid())
         self._finalizer.atexit = False  # nodes end when this process does
         self._release_plan: Callable[[], object] = lambda: None
         try:
             first.wait()
             self.address = first.address
+            if self._rebalancer is not None:
+                self._rebalancer.start()
         except BaseException:
             self.close()
             raise
@@ -201,6 +203,8 @@ class Pipeline(PipelineControl):
         self._finalizer.detach()
         if not self.entrance.is_own:
             return
+        if self._rebalancer is not None:
+            self._rebalancer.close()
         self._recutter.close()
         self.entrance.close()
         self._recutter.remove_plans()

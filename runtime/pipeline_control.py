@@ -12,6 +12,7 @@ from runtime.launching import plan_folder
 from runtime.options import check_scale
 from runtime.pipeline_status import PipelineStatus
 from runtime.recut.door import Door
+from runtime.recut.rebalancer import Rebalancer
 from runtime.recut.recutter import PlanWish, Recutter
 from runtime.recut.result import Recut
 
@@ -49,6 +50,13 @@ class PipelineControl(PipelineStatus):
     def __init__(self, door: Door) -> None:
         super().__init__(door)
         self._recutter = Recutter(door)
+        options = door.current.options
+        self._rebalancer = (
+            Rebalancer(door, self._recutter, options.rebalance, options.rebalance_gain)
+            if options.rebalance != "off"
+            else None
+        )
+        self._stops = [self._recutter.stop, *([self._rebalancer.stop] if self._rebalancer is not None else [])]
 
     def take_in_loop(self) -> tuple[int, Callable[[], None]]:
         """Receive results and run callbacks in an event loop, instead of a thread of this pipeline.
@@ -100,7 +108,11 @@ class PipelineControl(PipelineStatus):
         if plan is not None and devices:
             raise InputError("devices are for planning anew; leave out plan, or leave out devices")
         folder = None if plan is None else plan_folder(plan)
-        return self._recutter.start(PlanWish(folder, _speeds(devices)))
+        given = _speeds(devices)
+        present = self._rebalancer.present() if self._rebalancer is not None else None
+        if folder is not None or given or present is None:
+            return self._recutter.start(PlanWish(folder, given or None))
+        return self._recutter.start(PlanWish(None, present.speeds, present.stage_times_ns))
 
     @property
     def recuts(self) -> Recuts:
@@ -111,8 +123,8 @@ class PipelineControl(PipelineStatus):
             phase=str(recutter.phase),
             results=dict(recutter.counts),
             last=recutter.last,
-            advice="",
-            drift={},
+            advice=self._rebalancer.advice if self._rebalancer is not None else "",
+            drift=self._rebalancer.drift if self._rebalancer is not None else {},
         )
 
     def on_recut(self, call: Callable[[], None]) -> None:

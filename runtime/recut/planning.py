@@ -13,11 +13,16 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from onnxsplit.errors import one_line
 from onnxsplit.file_cache import LockedCache, cache_folder
 from onnxsplit.session import quiet_environment, without_interrupts
 from runtime.errors import RecutFailed
+from runtime.recut.gain import StageTimes
+
+if TYPE_CHECKING:
+    from onnxsplit.planning.replan import StageTime
 
 _LOOK_S = 0.05
 _LOWEST_PRIORITY = 19
@@ -31,12 +36,21 @@ class Replan:
     Attributes:
         folder: its directory; None where no plan is better than the present one.
         gain: the throughput of the new plan over that of the present one, as predicted for the present speeds.
+        old_ns: the time between two requests with the present plan, as predicted for the present speeds.
+        new_ns: the same with the new plan.
+        old_stages: for each stage of the present plan, the device of each replica and the time of one run there at the
+            speed that the device had when the plan was made.
+        new_stages: the same for the new plan.
         seconds: the time that planning took.
         close: removes the directory.
     """
 
     folder: Path | None
     gain: float
+    old_ns: int
+    new_ns: int
+    old_stages: StageTimes
+    new_stages: StageTimes
     seconds: float
     close: Callable[[], None]
 
@@ -50,7 +64,6 @@ def replan(
     *,
     speeds: Mapping[str, float],
     stage_times_ns: Sequence[int] | None,
-    least_gain: float,
     stopped: Callable[[], bool],
 ) -> Replan:
     """Plan the model of a plan anew; see :func:`onnxsplit.replan`. The plan is kept in a folder of the user's cache.
@@ -59,7 +72,6 @@ def replan(
         folder: the plan directory.
         speeds: the speeds of devices, relative to when the plan was made.
         stage_times_ns: times of the plan's stages at full speed; None for those of the plan.
-        least_gain: the least gain in per cent for which a plan is written.
         stopped: tells that the plan is not wanted any more.
 
     Raises:
@@ -70,9 +82,8 @@ def replan(
         "plan": str(folder.resolve()),
         "speeds": dict(speeds),
         "stage_times_ns": None if stage_times_ns is None else list(stage_times_ns),
-        "least_gain": least_gain,
     }
-    answer: dict[str, float | bool] = {}
+    answer: dict[str, Any] = {}
 
     def make(draft: Path) -> None:
         answer.update(_run({**job, "out": str(draft / "new.plan")}, stopped))
@@ -99,7 +110,16 @@ def replan(
         _forget(cache.folder, key)
 
     plan = entry / "new.plan"
-    return Replan(plan if plan.is_dir() else None, float(answer["gain"]), float(answer["seconds"]), close)
+    return Replan(
+        folder=plan if plan.is_dir() else None,
+        gain=answer["gain"],
+        old_ns=answer["old_ns"],
+        new_ns=answer["new_ns"],
+        old_stages=answer["old_stages"],
+        new_stages=answer["new_stages"],
+        seconds=answer["seconds"],
+        close=close,
+    )
 
 
 def _forget(folder: Path, key: str) -> None:
@@ -108,7 +128,7 @@ def _forget(folder: Path, key: str) -> None:
         (folder / f"{key}{suffix}").unlink(missing_ok=True)
 
 
-def _run(job: Mapping[str, object], stopped: Callable[[], bool]) -> dict[str, float]:
+def _run(job: Mapping[str, object], stopped: Callable[[], bool]) -> dict[str, Any]:
     """Plan in a process of its own; returns what it says of the plan."""
     with tempfile.TemporaryFile() as log, tempfile.TemporaryFile() as answer, without_interrupts():
         process = subprocess.Popen(
@@ -133,7 +153,7 @@ def _run(job: Mapping[str, object], stopped: Callable[[], bool]) -> dict[str, fl
         log.seek(0)
         said = answer.read()
         if process.returncode == 0:
-            found: dict[str, float] = json.loads(said)
+            found: dict[str, Any] = json.loads(said)
             return found
         lines = log.read().decode(errors="replace").strip().splitlines()[-_LAST_LINES:]
         raise RecutFailed(
@@ -153,14 +173,29 @@ def main(arguments: Sequence[str]) -> int:
             out=job["out"],
             speeds=job["speeds"],
             stage_times_ns=job["stage_times_ns"],
-            least_gain=job["least_gain"],
         )
     except (onnxsplit.OnnxsplitError, OSError) as error:
         shutil.rmtree(job["out"], ignore_errors=True)
         sys.stdout.write(one_line(error))
         return 1
-    sys.stdout.write(json.dumps({"gain": found.gain, "seconds": found.seconds}))
+    told = {
+        "gain": found.gain,
+        "old_ns": found.old_ns,
+        "new_ns": found.new_ns,
+        "old_stages": _at_full_speed(found.old_stages, found.speeds),
+        "new_stages": _at_full_speed(found.new_stages, found.speeds),
+        "seconds": sum(found.seconds.values()),
+    }
+    sys.stdout.write(json.dumps(told))
     return 0
+
+
+def _at_full_speed(stages: Sequence[StageTime], speeds: Mapping[str, float]) -> list[list[tuple[str, int]]]:
+    """For each stage, the device of each replica, and the time of one run there at full speed."""
+    return [
+        [(device, round(stage.time_ns * sum(speeds[each] for each in stage.devices))) for device in stage.devices]
+        for stage in stages
+    ]
 
 
 def _end_with_parent() -> None:

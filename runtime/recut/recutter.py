@@ -19,14 +19,19 @@ from runtime.logs import log_event
 from runtime.recut.beside import prepare_beside
 from runtime.recut.door import Door
 from runtime.recut.phases import TRANSITIONS, RecutChange, RecutPhase
-from runtime.recut.planning import replan
+from runtime.recut.gain import verdict
+from runtime.recut.planning import Replan, replan
 from runtime.recut.result import Recut, RecutSeconds
 from runtime.recut.running_plan import RunningPlan
 from runtime.recut.same_model import why_another_model
+from runtime.recut.watching import present_speeds, watched
+from runtime.recut.window import DriftSettings, Window
 from runtime.recut.warming import AnswersDiffer, RequestSamples, compare
 from runtime.transition_table import Machine
 
 _log = logging.getLogger("runtime.recut")
+_SETTINGS = DriftSettings()
+_WATCH_S = 10.0  # the most seconds to look at what a plan does
 RESULTS = ("kept", "rolled_back", "no_gain", "refused", "failed")
 
 
@@ -36,15 +41,23 @@ class PlanWish:
 
     Attributes:
         folder: the plan directory; None plans the model anew.
-        speeds: for a new plan: the speeds of devices, relative to when the present plan was made.
+        speeds: for a new plan: the speeds of devices, relative to when the present plan was made; None for those that
+            can be measured now.
         stage_times_ns: for a new plan: times of the present stages at full speed; None for those of the present plan.
-        least_gain: the least gain in per cent for which a new plan is taken.
+        made: the plan, if it was planned anew already.
+        before: what the present plan did lately; None to look at it first.
     """
 
-    folder: Path | None
-    speeds: Mapping[str, float]
+    folder: Path | None = None
+    speeds: Mapping[str, float] | None = None
     stage_times_ns: Sequence[int] | None = None
-    least_gain: float = 0.0
+    made: Replan | None = None
+    before: Window | None = None
+
+    @property
+    def must_gain(self) -> bool:
+        """Whether the plan stays only if it is better: it was not given by the caller."""
+        return self.folder is None
 
 
 class Recutter:
@@ -91,7 +104,8 @@ class Recutter:
             if self._machine.state is not RecutPhase.STEADY:
                 self.counts["refused"] += 1
                 raise RecutRefused(f"the plan of this pipeline is being changed already ({self.phase}); wait for that")
-            self._machine.go(RecutChange.PLAN if wish.folder is None else RecutChange.LOAD)
+            anew = wish.folder is None and wish.made is None
+            self._machine.go(RecutChange.PLAN if anew else RecutChange.LOAD)
             future: Future[Recut] = Future()
             future.set_running_or_notify_cancel()
             self._thread = threading.Thread(target=self._change, args=(wish, future), name="recut", daemon=True)
@@ -181,6 +195,7 @@ class Recutter:
             PipelineError: the change was given up.
         """
         machine, old, stopped = self._machine, change.old, self._stopped.is_set
+        change.before = change.wish.before or watched(old, _SETTINGS, _WATCH_S, stopped)
         folder = change.wish.folder or self._planned(change)
         if folder is None:
             machine.go(RecutChange.NO_GAIN)
@@ -216,50 +231,70 @@ class Recutter:
                     else LaunchFailed(f"the nodes of the new plan have ended: {new.coordinator.trouble}")
                 )
         machine.go(RecutChange.DRAINED)
-        return self._proven(change)
+        return self._proven(change, new)
 
     def _planned(self, change: _Change) -> Path | None:
-        """Plan anew; None where no plan is better."""
-        wish, old = change.wish, change.old
-        found = replan(
-            old.folder,
-            speeds=wish.speeds,
-            stage_times_ns=wish.stage_times_ns,
-            least_gain=wish.least_gain,
-            stopped=self._stopped.is_set,
-        )
-        change.remove_plan = found.close
-        change.seconds = replace(change.seconds, planning=found.seconds)
-        change.predicted_gain = found.gain
-        if found.folder is None or found.gain <= 1.0:
-            found.close()
+        """The plan that was made, or that is made now; None where no plan is better."""
+        wish, old, made = change.wish, change.old, change.wish.made
+        if made is None:
+            speeds = wish.speeds
+            if speeds is None:
+                assert change.before is not None
+                speeds = present_speeds(old.plan, change.before, _SETTINGS)
+            made = replan(
+                old.folder, speeds=speeds, stage_times_ns=wish.stage_times_ns, stopped=self._stopped.is_set
+            )
+        change.remove_plan = made.close
+        change.seconds = replace(change.seconds, planning=made.seconds)
+        change.predicted_gain = made.gain
+        if made.folder is None:
+            made.close()
             return None
-        self._machine.go(RecutChange.GAIN)
-        return found.folder
+        if wish.made is None:
+            self._machine.go(RecutChange.GAIN)
+        return made.folder
 
-    def _proven(self, change: _Change) -> Recut:
-        """Keep the new plan, or go back to the old one."""
+    def _proven(self, change: _Change, new: RunningPlan) -> Recut:
+        """Keep the new plan, or go back to the old one, whose nodes have waited.
+
+        Raises:
+            PipelineError: the pipeline closes, or the new plan does not run any more.
+        """
+        ended = lambda: self._stopped.is_set() or new.coordinator.ended  # noqa: E731
+        after = watched(new, _SETTINGS, _WATCH_S, ended)
+        if self._stopped.is_set():
+            raise PipelineClosed("the pipeline was closed")
+        if new.coordinator.ended:
+            raise LaunchFailed(f"the nodes of the new plan have ended: {new.coordinator.trouble}")
+        assert change.before is not None
+        proof = verdict(change.before, after, _SETTINGS)
+        change.measured_gain = proof.gain
+        if change.wish.must_gain and not proof.kept:
+            self._drop(change)
+            self._machine.go(RecutChange.ROLL_BACK)
+            return change.result(kept=False, why=proof.why)
         self._door.remove(change.old)
         if (remove := self._remove_plan.pop(change.old, None)) is not None:
             remove()
         self._machine.go(RecutChange.KEEP)
-        return change.result(kept=True, why="the new plan answers as the old one did")
+        return change.result(kept=True, why=proof.why if proof.kept else "the plan that was asked for stays")
 
 
-def end_dropped(recutter: Recutter, door: Door, name: str, owner: int) -> None:
+def end_dropped(stops: Sequence[Callable[[], None]], door: Door, name: str, owner: int) -> None:
     """End a pipeline that nobody refers to any more, when its requests are answered.
 
     It may run in any thread, inside any function, so it waits for nothing.
 
     Args:
-        recutter: changes its plan.
+        stops: end what may change its plan, soon.
         door: its door.
         name: the name of the plan directory.
         owner: the process that has launched it.
     """
     if os.getpid() != owner or door.current.coordinator.ended:
         return
-    recutter.stop()
+    for stop in stops:
+        stop()
     door.close_when_drained()
     warnings.warn(
         f"the pipeline of {name} was dropped without close(); its nodes end now. Use a with statement, or close it",
@@ -284,6 +319,7 @@ class _Change:
         self.swapped = False
         self.predicted_gain: float | None = None
         self.measured_gain: float | None = None
+        self.before: Window | None = None
         self.seconds = RecutSeconds()
         self.remove_plan: Callable[[], None] = lambda: None
 

@@ -58,6 +58,11 @@ class RunningPlan:
         """Whether no request or sequence is on its way to it or in it."""
         return not self.leases and not self.entrance.in_parts and not self.coordinator.in_flight
 
+    @property
+    def is_full(self) -> bool:
+        """Whether a further request would have to wait for admission now."""
+        return self._prepared.admission.is_full
+
     def wait_until_idle(self, stopped: Callable[[], bool]) -> bool:
         """Wait until it is idle; returns False if it was asked to stop first, or the coordinator has ended."""
         while not self.is_idle:

@@ -175,6 +175,11 @@ class Admission:
         return len(self._places)
 
     @property
+    def is_full(self) -> bool:
+        """Whether a further request would have to wait."""
+        return len(self._places) >= self.requests or bool(self._waiting)
+
+    @property
     def _is_worth_waking(self) -> bool:
         return len(self._places) <= self.requests - self._group or len(self._waiting) > 1
 

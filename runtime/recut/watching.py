@@ -1,0 +1,117 @@
+"""Looks at a running plan: what its nodes have done, and for how long it was full."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from onnxsplit.plan import Plan
+from runtime.recut.running_plan import RunningPlan
+from runtime.recut.window import DriftSettings, Look, Window, window_between
+from runtime.topology import ReplicaKey
+
+_SAMPLE_S = 0.1
+_LONELY_S = 1.0  # a plan that no request enters for so long is not watched any longer
+
+
+class PlanWatch:
+    """Watches a running plan. One thread uses it.
+
+    Args:
+        running: the plan.
+
+    Attributes:
+        running: as given.
+    """
+
+    def __init__(self, running: RunningPlan) -> None:
+        self.running = running
+        self._devices = device_names(running.plan)
+        self._last = self._look()
+        self._samples = self._full = 0
+
+    def sample(self) -> None:
+        """Note whether the pipeline is full now. Call this several times between two windows."""
+        self._samples += 1
+        self._full += self.running.is_full
+
+    def window(self) -> Window:
+        """What has happened since the last window, or since this was made."""
+        before, self._last = self._last, self._look()
+        full = self._full / max(1, self._samples)
+        self._samples = self._full = 0
+        devices = {(n.stage, n.replica): self._device(n.stage, n.replica) for n in self._last.nodes}
+        return window_between(before, self._last, devices, full=full)
+
+    @property
+    def seconds(self) -> float:
+        """The time since the last window."""
+        return (time.monotonic_ns() - self._last.now_ns) / 1e9
+
+    def _device(self, stage: int, replica: int) -> str:
+        names = self._devices[stage]
+        return names[min(replica, len(names) - 1)]
+
+    def _look(self) -> Look:
+        coordinator = self.running.coordinator
+        sequences = coordinator.sequences()
+        answered = sequences.steps if sequences is not None else coordinator.requests.count - coordinator.in_flight
+        return Look(now_ns=time.monotonic_ns(), answered=answered, nodes=coordinator.stats())
+
+
+def watched(running: RunningPlan, settings: DriftSettings, most_s: float, stopped: Callable[[], bool]) -> Window:
+    """What a plan does in a window that is long enough to compare, or in the time until it is clear that none comes.
+
+    Args:
+        running: the plan.
+        settings: when a window is enough.
+        most_s: the most seconds to wait for such a window.
+        stopped: tells that the window is not wanted any more.
+    """
+    watch, begun = PlanWatch(running), time.monotonic()
+    window = None
+    while True:
+        for _ in range(round(_LONELY_S / _SAMPLE_S / 2)):
+            if not stopped():
+                time.sleep(_SAMPLE_S)
+                watch.sample()
+        more = watch.window()
+        window = more if window is None else window + more
+        took = time.monotonic() - begun
+        if stopped() or window.is_enough(settings) or took > most_s or (took > _LONELY_S and not window.answered):
+            return window
+
+
+def present_speeds(plan: Plan, window: Window, settings: DriftSettings) -> dict[str, float]:
+    """The speeds of devices, relative to when a plan was made and to the fastest; empty if too few requests tell.
+
+    Args:
+        plan: the plan.
+        window: what it does now.
+        settings: when a window is enough.
+    """
+    if window.trouble or not window.is_enough(settings):
+        return {}
+    seen: dict[str, tuple[float, float]] = {}
+    for (stage, _), node in window.nodes.items():
+        requests = sum(number for number, _ in node.runs.values())
+        ran_ns = sum(time_ns for _, time_ns in node.runs.values())
+        usual_ns = requests * (plan.stages[stage].measured_time_ns or plan.stages[stage].predicted_time_ns)
+        before = seen.get(node.device, (0.0, 0.0))
+        seen[node.device] = before[0] + usual_ns, before[1] + ran_ns
+    speeds = {device: usual_ns / max(1.0, ran_ns) for device, (usual_ns, ran_ns) in seen.items() if usual_ns}
+    fastest = max(speeds.values(), default=1.0)
+    return {device: speed / fastest for device, speed in speeds.items()}
+
+
+def device_names(plan: Plan) -> list[tuple[str, ...]]:
+    """The names of the devices of every stage, one for each replica of the plan."""
+    names = []
+    for stage in plan.stages:
+        if stage.devices:
+            names.append(stage.devices)
+        elif plan.target is not None and stage.device_numbers:
+            names.append(tuple(plan.target.devices[number].name for number in stage.device_numbers))
+        else:
+            names.append((str(stage.index),))
+    return names
