@@ -28,6 +28,7 @@ from onnxsplit.plan_base import (
 )
 from onnxsplit.plan_borders import NarrowBorders
 from onnxsplit.plan_decoder import Decoder
+from onnxsplit.plan_target import DeviceNumber, PlanTarget
 from onnxsplit.plan_verdict import Verdict
 
 CALLER = -1
@@ -107,6 +108,7 @@ class Stage(PlanStruct, frozen=True, kw_only=True):
         device: name of the stage's device in the cluster; None if the plan was made without a cluster.
         devices: names of the devices of all replicas, ``device`` first.
         hosts: the host of each of these devices; ``local`` for a device whose host the cluster does not name.
+        device_numbers: the positions of the devices of all replicas in the plan's ``target``, also without a cluster.
         ops: number of ops in the stage.
         custom_ops: names of the plan's libraries of custom ops that the stage needs.
         left_to_cpu: ops of the stage that its provider leaves to the CPU: their number by op type. Empty if the
@@ -130,6 +132,7 @@ class Stage(PlanStruct, frozen=True, kw_only=True):
     device: str | None = None
     devices: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
+    device_numbers: tuple[DeviceNumber, ...] = ()
     ops: Count = 0
     custom_ops: tuple[str, ...] = ()
     left_to_cpu: dict[str, Count] = msgspec.field(default_factory=dict)
@@ -254,10 +257,11 @@ class Costs(PlanStruct, frozen=True, kw_only=True):
         whole_peak_memory_bytes: estimated memory of the whole model, as for a stage.
         whole_optimization_level: the optimisation level at which the whole model ran.
         rounds: the rounds in which the stages were run and the costs corrected.
-        note: why costs are analytic although they were not asked for; else None.
+        note: why costs are analytic although they were not asked for, or the plan whose costs were used; else None.
         interval: the half-width of the 95 % interval of the times, as a share of them; None when nothing was measured.
         disturbed: the share of this host's cores that other processes used while the times were taken.
         host: what requests cost beside the runs; None in plans of older versions.
+        ops: an ``.npz`` with the time of each op and the shapes of the tensors; None in plans of older versions.
     """
 
     source: Literal["measured", "analytic"]
@@ -270,6 +274,7 @@ class Costs(PlanStruct, frozen=True, kw_only=True):
     interval: Rate | None = None
     disturbed: Rate = 0.0
     host: HostCosts | None = None
+    ops: FileEntry | None = None
 
 
 class CorrectionRound(PlanStruct, frozen=True, kw_only=True):
@@ -309,6 +314,8 @@ class Plan(PlanStruct, frozen=True, kw_only=True):
     decoder: Decoder | None = None
     borders: NarrowBorders | None = None
     providers: tuple[ProviderUse, ...] = ()
+    target: PlanTarget | None = None
+    parent: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")] | None = None
 
     def __repr__(self) -> str:
         return plan_summary.one_line(self)
@@ -336,6 +343,8 @@ class Plan(PlanStruct, frozen=True, kw_only=True):
         yield from self.defaults.values()
         if self.decoder is not None:
             yield from self.decoder.text
+        if self.costs.ops is not None:
+            yield self.costs.ops
 
     def refused_inputs(self) -> dict[str, str]:
         """Why requests cannot give some inputs of the source model, and what to do, by the inputs' names."""

@@ -23,6 +23,7 @@ def plan_problems(plan: Plan) -> list[str]:
         *_files_problems(plan),
         *_custom_ops_problems(plan),
         *_stages_problems(plan),
+        *_target_problems(plan),
         *_tensors_problems(plan),
         *_ends_problems(plan),
         *(_decoder_problems(plan, plan.decoder) if plan.decoder is not None else ()),
@@ -84,6 +85,23 @@ def _stages_problems(plan: Plan) -> Iterator[str]:
     nodes = sum(stage.replicas for stage in plan.stages)
     if nodes > MOST_NODES:
         yield f"the stages have {nodes} replicas together; at most {MOST_NODES} are allowed"
+
+
+def _target_problems(plan: Plan) -> Iterator[str]:
+    if plan.target is None:
+        return
+    names = [device.name for device in plan.target.devices]
+    if len(set(names)) != len(names):
+        yield "two devices of its target have the same name"
+    used = [number for stage in plan.stages for number in stage.device_numbers]
+    if len(set(used)) != len(used):
+        yield "a device of its target has more than one replica"
+    for stage in plan.stages:
+        count = len(stage.device_numbers)
+        if count not in (0, stage.replicas):
+            yield f"stage {stage.index} names {count} devices of the target for {stage.replicas} replicas"
+        if any(number >= len(names) for number in stage.device_numbers):
+            yield f"stage {stage.index} is on a device that the target, with {len(names)} devices, does not have"
 
 
 def _tensors_problems(plan: Plan) -> Iterator[str]:

@@ -15,8 +15,8 @@ PACKAGES = ("onnxsplit", "runtime")
 # Each row imports from rows above it, and from itself. A name stands for a file or a folder.
 OFFLINE = [
     "errors numbers files control_group memory machine_load effort drawing progress arguments file_cache own_runtime",
-    "tensors distance npz plan plan_base plan_borders plan_decoder plan_verdict plan_summary plan_check plan_files "
-    "cluster cluster_files host_costs",
+    "tensors distance npz plan plan_base plan_borders plan_decoder plan_target plan_verdict plan_summary plan_check "
+    "plan_files cluster cluster_files host_costs",
     "binding providers string_value custom_ops session timed_worker timed step_inputs",
     "model partitioner",
     "cost",
@@ -92,6 +92,7 @@ PURE = [
         "onnxsplit.plan",
         "onnxsplit.plan_borders",
         "onnxsplit.plan_decoder",
+        "onnxsplit.plan_target",
         "onnxsplit.plan_check",
         "onnxsplit.cluster",
         "onnxsplit.planning.candidates",

@@ -36,7 +36,7 @@ _FREE_RUNS = 4  # runs of the model that the proof may take beside its seconds
 _LEAST_RUNS = 21  # runs of the model with one row that the proof takes at least
 
 
-def with_batch_axes(plan: Plan, folder: Path, subject: Subject, budget: TimeBudget, say: Say) -> Plan:
+def with_batch_axes(plan: Plan, folder: Path, subject: Subject, budget: TimeBudget, say: Say) -> tuple[Plan, Axes]:
     """Add the claim about batches to a plan, and the batch axis of every tensor for which it holds.
 
     Args:
@@ -45,12 +45,15 @@ def with_batch_axes(plan: Plan, folder: Path, subject: Subject, budget: TimeBudg
         subject: the model that the plan was made from.
         budget: how long the proof may take.
         say: called with each step.
+
+    Returns:
+        The plan, and the axes of all tensors of the model, also of those that do not cross.
     """
     subject = _small(subject)
     needed_s = _LEAST_RUNS * subject.costs.whole_ns / 1e9
     if subject.decoding is None and needed_s > budget.proof_s + _FREE_RUNS * subject.costs.whole_ns / 1e9:
         why_not = f"it was not tried, because the proof takes about {needed_s:.0f} s; add --effort thorough"
-        return msgspec.structs.replace(plan, batch=BatchClaim(why_not=why_not))
+        return msgspec.structs.replace(plan, batch=BatchClaim(why_not=why_not)), {}
     until = time.monotonic() + budget.proof_s * _MORE_TRIALS
     axes, why_not = axes_by_structure(subject, plan.defaults)
     tried = 0
@@ -58,12 +61,18 @@ def with_batch_axes(plan: Plan, folder: Path, subject: Subject, budget: TimeBudg
         say("trying batches and their parts")
         tried, why_not = _by_trials(plan, folder, subject, axes, until)
     if why_not:
-        return msgspec.structs.replace(plan, batch=BatchClaim(why_not=why_not))
+        return msgspec.structs.replace(plan, batch=BatchClaim(why_not=why_not)), {}
+    plan = msgspec.structs.replace(plan, batch=BatchClaim(trials=tried))
+    return with_axes(plan, axes), axes
+
+
+def with_axes(plan: Plan, axes: Axes) -> Plan:
+    """The plan with the batch axis of each of its tensors; a narrowed tensor crosses with the axis of the full one."""
     for border in plan.borders.tensors if plan.borders is not None else ():
         if border.tensor in axes:
             axes = {**axes, border.wire[0]: axes[border.tensor]}
     tensors = {name: msgspec.structs.replace(spec, batch_axis=axes.get(name)) for name, spec in plan.tensors.items()}
-    return msgspec.structs.replace(plan, tensors=tensors, batch=BatchClaim(trials=tried))
+    return msgspec.structs.replace(plan, tensors=tensors)
 
 
 def _small(subject: Subject) -> Subject:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterator, Sequence, Set
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -32,9 +33,11 @@ from onnxsplit.partitioner import (
 )
 from onnxsplit.plan import CALLER, PLAN_FILE, Objective, Plan, Stage
 from onnxsplit.plan_files import checked_json, load_plan
+from onnxsplit.plan_target import PlanTarget
 from onnxsplit.planning.compressed import with_compression
 from onnxsplit.planning.prediction import prediction
 from onnxsplit.planning.target import of_cluster
+from onnxsplit.planning.target_block import described, options_of
 from onnxsplit.planning.verdict import tensor_bytes, verdict
 
 
@@ -110,13 +113,18 @@ def placed(plan: Plan, cluster: Cluster, parallel: Parallel = "model", *, ops: S
         raise PartitionError(
             f"no placement of the stages, which need {needs}, fits the devices' memory and the ops they may run"
         ) from None
-    homes = [tuple(devices[number] for number in numbers) for numbers in result.partition.devices]
+    numbers_of = result.partition.devices
+    homes = [tuple(devices[number] for number in numbers) for numbers in numbers_of]
     everything = math.ceil(sum(map(reference_ns, plan.stages)) / sum(device.speed for device in devices))
     placed = msgspec.structs.replace(
         plan,
         parallel=parallel,
-        stages=tuple(_moved(stage, homes[stage.index], result.score.compute_ns[stage.index]) for stage in plan.stages),
+        stages=tuple(
+            _moved(stage, homes[stage.index], numbers_of[stage.index], result.score.compute_ns[stage.index])
+            for stage in plan.stages
+        ),
         prediction=prediction(result.score, result.bound, min(result.bound, everything)),
+        target=_target(plan, cluster),
     )
     placed = msgspec.structs.replace(placed, verdict=verdict(placed, None, of_cluster(cluster)))
     return with_compression(placed, cluster)
@@ -170,7 +178,15 @@ def _transfers(plan: Plan) -> Iterator[Transfer]:
             yield Transfer(stage, (), tensor_bytes(plan, name), to_caller=True)
 
 
-def _moved(stage: Stage, homes: tuple[Device, ...], time_ns: int) -> Stage:
+def _target(plan: Plan, cluster: Cluster) -> PlanTarget | None:
+    """What the plan is for on the cluster; ops that the user placed may go to any of its devices."""
+    if plan.target is None:
+        return None
+    options = replace(options_of(plan, plan.target), place={})
+    return described(of_cluster(cluster), plan.target.stages, options)
+
+
+def _moved(stage: Stage, homes: tuple[Device, ...], numbers: tuple[int, ...], time_ns: int) -> Stage:
     return msgspec.structs.replace(
         stage,
         provider=homes[0].provider,
@@ -182,4 +198,5 @@ def _moved(stage: Stage, homes: tuple[Device, ...], time_ns: int) -> Stage:
         device=homes[0].name,
         devices=tuple(device.name for device in homes),
         hosts=tuple(device.host for device in homes),
+        device_numbers=numbers,
     )

@@ -7,21 +7,14 @@ from pathlib import Path
 
 import msgspec.structs
 
-import onnxsplit
 from onnxsplit.cluster import Device
-from onnxsplit.model.graph_io import constant_text, defaults
-from onnxsplit.npz import save_npz
 from onnxsplit.partitioner import Score, SearchResult, lower_bound
 from onnxsplit.plan import (
     FORMAT_VERSION,
     CorrectionRound,
     Costs,
-    CreatedWith,
-    CustomOps,
     Cut,
     Level,
-    ModelInfo,
-    Passthrough,
     Plan,
     Prediction,
     Stage,
@@ -32,20 +25,17 @@ from onnxsplit.plan_check import plan_problems
 from onnxsplit.plan_decoder import Decoder
 from onnxsplit.planning.border_forms import Narrowed
 from onnxsplit.planning.compressed import with_compression
-from onnxsplit.planning.decoder_block import copied_text, decoder_block
+from onnxsplit.planning.decoder_block import decoder_block
 from onnxsplit.planning.model_partitioner import ModelPartitioner
+from onnxsplit.planning.origin import Origin, origin_of
 from onnxsplit.planning.prediction import prediction
 from onnxsplit.planning.subject import Subject
 from onnxsplit.planning.target import Target
+from onnxsplit.planning.target_block import described
 from onnxsplit.planning.verdict import verdict
 from onnxsplit.planning.whole_sessions import SessionTimes
-from onnxsplit.providers import runtime_version
 from onnxsplit.stages.borders import wire_bytes
-from onnxsplit.stages.extract import write_constant
-from onnxsplit.stages.model_file import file_entry
 from onnxsplit.stages.parts import StageParts, peak_memory_bytes, weight_bytes, whole_parts
-
-EXAMPLE_FILE = "example.npz"
 
 
 @dataclass(frozen=True)
@@ -119,10 +109,11 @@ class PlanBuilder:
     Args:
         partitioner: the partitioner that made the cuts.
         folder: the plan's folder; None for plans that name no files.
+        origin: what plans say of the model; None to find that out, and to write the files that belong to it.
     """
 
-    def __init__(self, partitioner: ModelPartitioner, folder: Path | None) -> None:
-        self._partitioner, self._folder = partitioner, folder
+    def __init__(self, partitioner: ModelPartitioner, folder: Path | None, origin: Origin | None = None) -> None:
+        self._partitioner, self._folder, self._origin = partitioner, folder, origin
         self._subject, self._target = partitioner.subject, partitioner.target
 
     def plan(
@@ -142,18 +133,11 @@ class PlanBuilder:
         """
         subject, graph = self._subject, self._subject.graph
         options = self._partitioner.options
-        if self._folder is not None:
-            save_npz(self._folder / EXAMPLE_FILE, subject.small_inputs)
-        source = graph.source.proto
+        origin = self._origin or origin_of(subject, self._folder)
         plan = Plan(
             format_version=FORMAT_VERSION,
-            created_with=CreatedWith(onnxsplit=onnxsplit.__version__, onnxruntime=runtime_version()),
-            model=ModelInfo(
-                name=graph.source.path.name,
-                sha256=graph.source.sha256,
-                ir_version=source.ir_version,
-                opsets={entry.domain: entry.version for entry in source.opset_import},
-            ),
+            created_with=origin.created_with,
+            model=origin.model,
             strategy=options.strategy,
             parallel=options.parallel,
             objective=options.objective,
@@ -163,18 +147,19 @@ class PlanBuilder:
             cuts=_cuts(cut, subject),
             inputs=graph.inputs,
             outputs=graph.outputs,
-            passthrough=self._passthrough(),
+            passthrough=dict(origin.passthrough),
             outputs_need={},
             prediction=self._prediction(cut, bound),
             costs=self._costs(cut, history, sessions),
-            example_inputs=file_entry(self._folder / EXAMPLE_FILE) if self._folder is not None else None,
-            defaults=self._defaults(),
-            constant_inputs={name: constant_text(graph.source, name) for name in graph.overridable},
-            dropped_outputs=graph.source.io_changes.dropped_outputs if graph.source.io_changes is not None else (),
-            dropped_inputs=graph.source.io_changes.dropped_inputs if graph.source.io_changes is not None else (),
-            custom_ops=tuple(CustomOps(name=one.name, sha256=one.sha256) for one in subject.custom_ops),
-            decoder=self._decoder(cut.parts),
+            example_inputs=origin.example_inputs,
+            defaults=dict(origin.defaults),
+            constant_inputs=dict(origin.constant_inputs),
+            dropped_outputs=origin.dropped_outputs,
+            dropped_inputs=origin.dropped_inputs,
+            custom_ops=origin.custom_ops,
+            decoder=self._decoder(cut.parts, origin),
             borders=cut.borders.block(subject.borders) if cut.borders and subject.borders else None,
+            target=described(self._target, self._partitioner.stages, options),
         )
         needs = {name: tuple(sorted(plan.stages_for((name,)))) for name in plan.outputs}
         plan = with_compression(msgspec.structs.replace(plan, outputs_need=needs), self._target.cluster)
@@ -244,6 +229,7 @@ class PlanBuilder:
             device=device.name if named else None,
             devices=tuple(self._target.devices[replica].name for replica in replicas) if named else (),
             hosts=tuple(self._target.devices[replica].host for replica in replicas) if named else (),
+            device_numbers=replicas,
             ops=len(part.ops),
             custom_ops=tuple(library.name for library in subject.libraries(part.ops)),
         )
@@ -257,35 +243,10 @@ class PlanBuilder:
         held = subject.decoding.cache_bytes(subject.graph, frozenset(part.own))
         return peak_memory_bytes(subject.graph, shapes, part, packed=packed) + held
 
-    def _decoder(self, parts: tuple[StageParts, ...]) -> Decoder | None:
-        """The description of a decoder; copies the files of its tokenizer."""
+    def _decoder(self, parts: tuple[StageParts, ...], origin: Origin) -> Decoder | None:
+        """The description of a decoder."""
         decoding = self._subject.decoding
-        if decoding is None:
-            return None
-        text = copied_text(decoding.decoder.claim.text, self._folder) if self._folder is not None else ()
-        return decoder_block(decoding, self._subject.graph, parts, text)
-
-    def _passthrough(self) -> dict[str, Passthrough]:
-        """The sources of outputs that no stage computes; writes a file for each constant."""
-        graph = self._subject.graph
-        sources = {}
-        for number, name in enumerate(graph.outputs):
-            if name in graph.inputs:
-                sources[name] = Passthrough(input=name)
-            elif name in graph.constants and self._folder is not None:
-                sources[name] = Passthrough(file=write_constant(graph, name, self._folder, f"constant{number}.npz"))
-        return sources
-
-    def _defaults(self) -> dict[str, FileEntry]:
-        """Write a file for each input that has a default."""
-        if self._folder is None:
-            return {}
-        entries = {}
-        for number, (name, array) in enumerate(defaults(self._subject.graph.source).items()):
-            file = self._folder / f"default{number}.npz"
-            save_npz(file, {name: array})
-            entries[name] = file_entry(file)
-        return entries
+        return decoder_block(decoding, self._subject.graph, parts, origin.text) if decoding is not None else None
 
 
 def _cuts(cut: CandidateCut, subject: Subject) -> tuple[Cut, ...]:

@@ -26,6 +26,7 @@ from onnxsplit.plan_files import checked_json
 from onnxsplit.planning.batch_axes import with_batch_axes
 from onnxsplit.planning.examine import ModelArguments, ModelOptions, examine
 from onnxsplit.planning.model_partitioner import model_partitioner
+from onnxsplit.planning.op_costs import known_costs, save_costs, with_costs
 from onnxsplit.planning.options import CutArguments, CutOptions, by_current_name
 from onnxsplit.planning.providers import reference_provider, with_assignment
 from onnxsplit.planning.result import PlanningResult
@@ -34,6 +35,7 @@ from onnxsplit.planning.subject import Subject
 from onnxsplit.progress import Say, silent
 from onnxsplit.providers import gpu_count, provider_here, provider_problem, providers_by_stage
 from onnxsplit.session import threads_per_node
+from onnxsplit.stages.batch.trials import Axes
 from onnxsplit.timed import reused_workers
 
 
@@ -122,10 +124,14 @@ def write_plan(subject: Subject, folder: Path, options: CutOptions, *, say: Say 
         _require_providers([device.provider for device in partitioner.target.devices])
     with new_folder(folder) as draft:
         made = Rounds(partitioner, draft, say).make(options.budget)
+        axes: Axes = {}
         if made.plan.costs.source == "measured":
             plan = with_assignment(made.plan, draft, subject, partitioner.target, say)
             say("looking for the batch axis")
-            made = replace(made, plan=with_batch_axes(plan, draft, subject, options.budget, say))
+            plan, axes = with_batch_axes(plan, draft, subject, options.budget, say)
+            made = replace(made, plan=plan)
+        costs = known_costs(made, partitioner.target, axes)
+        made = replace(made, plan=with_costs(made.plan, save_costs(draft, costs)))
         (draft / PLAN_FILE).write_bytes(checked_json(made.plan))
     return made
 

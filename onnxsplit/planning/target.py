@@ -45,6 +45,7 @@ class Target:
         host: what requests cost on a host.
         facts: what providers of this host do with the model, by the devices' provider.
         ordered: True if stage N runs on device N, because the user named a provider for each stage.
+        cores: the cores of the host that the caller is on.
         falls_back: True if a device may run ops that its provider leaves to the CPU, because no cut avoids that.
     """
 
@@ -57,6 +58,7 @@ class Target:
     ordered: bool = False
     falls_back: bool = False
     host: HostCosts = field(default_factory=lambda: host_costs())
+    cores: int = field(default_factory=lambda: host_cores())
 
     @property
     def reference(self) -> Device:
@@ -78,7 +80,7 @@ class Target:
             node_ns=self.host.node_ns,
             caller_ns=self.host.caller_ns,
             threads=tuple(threads),
-            cores=host_cores(),
+            cores=self.cores,
         )
 
     def left(self, device: Device) -> frozenset[int]:
