@@ -11,6 +11,7 @@ Cut and check:
     load_plan       read a plan
     verify          compare a plan with its model
     merge           join the stages of a plan into one model
+    replan          cut a plan's model again for devices whose speed has changed
     Plan            what a plan says: stages, costs, proof
     PlanCache       plans that are cut once for the same model and options
     (models of other frameworks: ``from onnxsplit.export import export``)
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from onnxsplit.plan_files import load_plan
     from onnxsplit.planning.cached import PlanCache
     from onnxsplit.planning.planner import partition
+    from onnxsplit.planning.replan import Replanned, replan
     from onnxsplit.stages.merge import merge
     from onnxsplit.stages.verify import verify
     from runtime.balance.replicas import ReplicaRange
@@ -90,6 +92,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "onnxsplit.planning.planner": ("partition",),
     "onnxsplit.planning.cached": ("PlanCache",),
+    "onnxsplit.planning.replan": ("replan", "Replanned"),
     "onnxsplit.plan_files": ("load_plan",),
     "onnxsplit.plan": ("Plan",),
     "onnxsplit.stages.verify": ("verify",),
@@ -134,7 +137,7 @@ _HOMES = {
 }
 
 __all__ = [  # the same names, for type checkers and editors
-    "partition", "load_plan", "verify", "merge", "Plan", "PlanCache",
+    "partition", "load_plan", "verify", "merge", "replan", "Replanned", "Plan", "PlanCache",
     "Pipeline", "Recut", "RunOptions", "ReplicaRange", "Timings", "RayLauncher", "to_torch", "Generation", "Generated",
     "GenerateOptions", "service", "endpoint", "Models", "ServiceModel",
     "OnnxsplitError", "InputError", "ModelError", "ModelRefused", "CustomOpsError", "PartitionError", "PlanError",

@@ -13,7 +13,7 @@ from typing import Annotated
 import msgspec
 
 from onnxsplit.errors import PlanError, one_line, shown
-from onnxsplit.files import is_text, open_regular, read_regular
+from onnxsplit.files import check_parent, is_text, open_regular, read_regular
 from onnxsplit.plan import FORMAT_VERSION, PLAN_FILE, Plan, TensorSpec
 from onnxsplit.plan_base import FileEntry
 from onnxsplit.plan_check import plan_problems
@@ -42,10 +42,20 @@ def load_plan(folder: str | Path, *, check_files: bool = True) -> Plan:
     """
     folder = Path(folder)
     plan = parse_plan(read_plan_file(folder), where=folder)
-    problems = [problem for entry in plan.files() for problem in check_file(folder, entry)] if check_files else []
+    if check_files:
+        check_content(folder, plan)
+    return plan
+
+
+def check_content(folder: Path, plan: Plan) -> None:
+    """Compare the size and the SHA-256 of every file of a plan directory with the plan.
+
+    Raises:
+        PlanError: a file is missing or was changed; lists every violation.
+    """
+    problems = [problem for entry in plan.files() for problem in check_file(folder, entry)]
     if problems:
         raise PlanError(_listed(f"the plan {folder} was changed or is incomplete", problems))
-    return plan
 
 
 def read_plan_file(folder: Path) -> bytes:
@@ -152,6 +162,27 @@ def checked_json(plan: Plan) -> bytes:
     except PlanError as error:
         raise PlanError(f"the new plan exceeds the limits of plans, so it was not written: {error}") from error
     return text
+
+
+def check_plan_folder(folder: Path, option: str = "-o") -> None:
+    """Refuse to write a plan over anything but a plan or an empty folder.
+
+    Args:
+        folder: the plan directory.
+        option: the command's option that names it, for the message.
+
+    Raises:
+        PlanError: something else is there, or the parent folder is missing; names it.
+    """
+    if not is_text(folder):
+        raise PlanError(f"the path {str(folder)!r} is not UTF-8 text; choose another place with {option} DIR")
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise PlanError(f"{folder} exists and is not a folder; choose another place with {option} DIR")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / PLAN_FILE).is_file():
+        raise PlanError(
+            f"{folder} exists and holds no plan; nothing was touched. Choose another place with {option} DIR"
+        )
+    check_parent(folder, option)
 
 
 def plan_id(text: bytes) -> str:

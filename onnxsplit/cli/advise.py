@@ -110,9 +110,9 @@ def command(
     Candidates are predicted; the best few are run under load.
     """
     from onnxsplit.files import check_outputs
+    from onnxsplit.plan_files import check_plan_folder
     from onnxsplit.planning.advice import AdviceOptions, Advisor
     from onnxsplit.planning.candidates import Wishes
-    from onnxsplit.planning.planner import check_plan_folder
 
     check_outputs(html)
     if keep is not None:

@@ -208,6 +208,7 @@ def command(
     from onnxsplit.cli.providers import plan_lines
     from onnxsplit.files import check_outputs
     from onnxsplit.model.dominant_op import explain_dominant_op
+    from onnxsplit.plan_files import check_plan_folder
     from onnxsplit.planning import planner
     from onnxsplit.planning.options import CURRENT_NAMES, CutOptions, by_current_name
     from onnxsplit.timed import reused_workers
@@ -218,7 +219,7 @@ def command(
     options = _strongest_names(options, CURRENT_NAMES)
     wanted = CutOptions(**by_current_name(options, functools.partial(_note_former_name, output)))
     if not dry_run:
-        planner.check_plan_folder(folder)
+        check_plan_folder(folder)
     with reused_workers():
         subject = planner.examine_for(model, wanted, **examined, say=output.say)
         made = (

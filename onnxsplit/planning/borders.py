@@ -49,12 +49,10 @@ def narrowed(
     forms = subject.borders
     if forms is None:
         return cut, partitioner
-    wanted = _fastest(cut, partitioner, forms)
     if not cut.files or subject.costs.source != "measured":
-        cut = replace(cut, borders=Narrowed(_named(subject, {name: first for name, (first, *_) in wanted.items()})))
-        cut = _rewritten(cut, subject.graph) if cut.files else cut
-        _forget_full_files(cut)
-    elif not wanted:
+        return narrowed_untried(cut, partitioner), partitioner
+    wanted = _fastest(cut, partitioner, forms)
+    if not wanted:
         cut = replace(cut, borders=Narrowed(error=0.0, inputs=1 + len(subject.more_inputs)))
     else:
         say("comparing the answers of stages with narrow borders")
@@ -64,8 +62,29 @@ def narrowed(
         if forms.asked == "auto":
             subject = replace(subject, borders=forms.without(trials.refused(forms.tolerance)))
             partitioner = replace(partitioner, subject=subject)
-    final = score(as_chosen(cut, subject).problem(cut.op_ns, partitioner.target), cut.result.partition)
-    return replace(cut, score=final), partitioner
+    return _scored(cut, partitioner), partitioner
+
+
+def narrowed_untried(cut: CandidateCut, partitioner: ModelPartitioner) -> CandidateCut:
+    """Narrow the borders of a cut to the forms that are fastest on their links, and rewrite its files if it has any.
+
+    No stage is run, so the error of the outputs stays unknown.
+    """
+    subject = partitioner.subject
+    if subject.borders is None:
+        return cut
+    wanted = _fastest(cut, partitioner, subject.borders)
+    cut = replace(cut, borders=Narrowed(_named(subject, {name: first for name, (first, *_) in wanted.items()})))
+    if cut.files:
+        cut = _rewritten(cut, subject.graph)
+        _forget_full_files(cut)
+    return _scored(cut, partitioner)
+
+
+def _scored(cut: CandidateCut, partitioner: ModelPartitioner) -> CandidateCut:
+    """The cut with its figures for the forms that were chosen."""
+    problem = as_chosen(cut, partitioner.subject).problem(cut.op_ns, partitioner.target)
+    return replace(cut, score=score(problem, cut.result.partition))
 
 
 def as_chosen(cut: CandidateCut, subject: Subject) -> Subject:

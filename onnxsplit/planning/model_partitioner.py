@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from onnxsplit.cluster import Cluster
 from onnxsplit.cluster_files import load_cluster
@@ -170,11 +171,9 @@ def model_partitioner(subject: Subject, options: CutOptions, say: Say) -> ModelP
         ProviderError: a provider is unknown.
     """
     options.check()
-    subject = subject.tied(_ties(subject, options))
-    subject = replace(subject, borders=border_forms(subject, options.border, options.tolerance or DEFAULT_TOLERANCE))
     cluster = load_cluster(options.cluster) if options.cluster is not None else None
-    stages, target = _devices(subject, options, cluster)
-    target = replace(target, placed=_placed(subject, options.place, target), apart=_apart(subject, options.also_cut))
+    made = partitioner_for(subject, options, partial(_devices, options=options, cluster=cluster), say)
+    subject, stages = made.subject, made.stages
     largest = len(subject.atoms.ops)
     if stages is not None and stages > max(1, largest) and not options.cut_at:
         why = explain_dominant_op(subject.graph) or (
@@ -182,8 +181,29 @@ def model_partitioner(subject: Subject, options: CutOptions, say: Say) -> ModelP
             "fewer"
         )
         raise PartitionError(f"{subject.graph.source.path} cannot be cut into {stages} stages: {why}")
-    partitioner = ModelPartitioner(subject, with_providers(subject, target, say), stages, options, say)
-    return partitioner.where_ops_may_fall_back()
+    return replace(made, target=with_providers(subject, made.target, say)).where_ops_may_fall_back()
+
+
+def partitioner_for(
+    subject: Subject, options: CutOptions, devices: Callable[[Subject], tuple[int | None, Target]], say: Say
+) -> ModelPartitioner:
+    """Prepare to partition a model for known devices: apply the constraints in the options.
+
+    Args:
+        subject: the model.
+        options: the options of the cut.
+        devices: returns the exact number of stages (None for any number) and the devices, for the model with its ops
+            tied together.
+        say: called with the progress of the search.
+
+    Raises:
+        PartitionError: the options do not fit the model.
+    """
+    subject = subject.tied(_ties(subject, options))
+    subject = replace(subject, borders=border_forms(subject, options.border, options.tolerance or DEFAULT_TOLERANCE))
+    stages, target = devices(subject)
+    target = replace(target, placed=_placed(subject, options.place, target), apart=_apart(subject, options.also_cut))
+    return ModelPartitioner(subject, target, stages, options, say)
 
 
 def _devices(subject: Subject, options: CutOptions, cluster: Cluster | None) -> tuple[int | None, Target]:

@@ -17,12 +17,12 @@ from typing import Any, Unpack
 from onnxsplit.arguments import check_names, option_names
 from onnxsplit.cluster_files import load_cluster
 from onnxsplit.effort import TimeBudget
-from onnxsplit.errors import PlanError, ProviderError
-from onnxsplit.files import check_parent, is_text, new_folder
+from onnxsplit.errors import ProviderError
+from onnxsplit.files import new_folder
 from onnxsplit.model.in_memory import ModelLike, open_any
 from onnxsplit.model.source import SourceModel
 from onnxsplit.plan import PLAN_FILE, Plan
-from onnxsplit.plan_files import checked_json
+from onnxsplit.plan_files import check_plan_folder, checked_json
 from onnxsplit.planning.batch_axes import with_batch_axes
 from onnxsplit.planning.examine import ModelArguments, ModelOptions, examine
 from onnxsplit.planning.model_partitioner import model_partitioner
@@ -161,24 +161,3 @@ def dry_run(subject: Subject, options: CutOptions, *, say: Say = silent) -> Plan
 def default_plan_folder(model: Path) -> Path:
     """The plan directory of a model if none is named: ``MODEL.plan`` in the current folder."""
     return Path(f"{model.name.removesuffix('.onnx')}.plan")
-
-
-def check_plan_folder(folder: Path, option: str = "-o") -> None:
-    """Refuse to write a plan over anything but a plan or an empty folder.
-
-    Args:
-        folder: the plan directory.
-        option: the command's option that names it, for the message.
-
-    Raises:
-        PlanError: something else is there, or the parent folder is missing; names it.
-    """
-    if not is_text(folder):
-        raise PlanError(f"the path {str(folder)!r} is not UTF-8 text; choose another place with {option} DIR")
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise PlanError(f"{folder} exists and is not a folder; choose another place with {option} DIR")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / PLAN_FILE).is_file():
-        raise PlanError(
-            f"{folder} exists and holds no plan; nothing was touched. Choose another place with {option} DIR"
-        )
-    check_parent(folder, option)

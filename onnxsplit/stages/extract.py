@@ -66,15 +66,7 @@ def write_stage(
 def stage_model(graph: OpGraph, shapes: Shapes, parts: StageParts) -> onnx.ModelProto:
     """A stage as a protobuf. Its external data still refers to the source's files."""
     source = graph.source.proto
-    model = onnx.ModelProto()
-    for descriptor, value in source.ListFields():
-        if descriptor.name == "graph" or descriptor.name in ("functions", "training_info"):
-            continue
-        if isinstance(value, int | str):
-            setattr(model, descriptor.name, value)
-        else:  # a repeated field; protobuf below 6.31 has no is_repeated to ask
-            getattr(model, descriptor.name).extend(value)
-    model.ir_version = max(source.ir_version, CONSTANTS_IR_VERSION)
+    model = model_like(source)
     nodes = [_reading(graph.ops[index].node, parts.renamed) for index in parts.ops]
     called = called_functions(nodes, functions_of(source))
     model.functions.extend(f for f in source.functions if (f.domain, f.name, f.overload) in called)
@@ -90,6 +82,20 @@ def stage_model(graph: OpGraph, shapes: Shapes, parts: StageParts) -> onnx.Model
         values.extend(_border(name, shapes, declared) for name in names)
     present = {name for index in parts.ops for name in (*graph.ops[index].reads, *graph.ops[index].outputs)}
     target.quantization_annotation.extend(a for a in source.graph.quantization_annotation if a.tensor_name in present)
+    return model
+
+
+def model_like(source: onnx.ModelProto) -> onnx.ModelProto:
+    """A model without a graph and functions, and otherwise as another one: versions, opsets, producer, metadata."""
+    model = onnx.ModelProto()
+    for descriptor, value in source.ListFields():
+        if descriptor.name == "graph" or descriptor.name in ("functions", "training_info"):
+            continue
+        if isinstance(value, int | str):
+            setattr(model, descriptor.name, value)
+        else:  # a repeated field; protobuf below 6.31 has no is_repeated to ask
+            getattr(model, descriptor.name).extend(value)
+    model.ir_version = max(source.ir_version, CONSTANTS_IR_VERSION)
     return model
 
 

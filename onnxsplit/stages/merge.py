@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import onnx
@@ -14,7 +14,7 @@ from onnxsplit.model.source import SourceModel, open_model
 from onnxsplit.npz import load_npz
 from onnxsplit.plan import Plan
 from onnxsplit.plan_files import default_files, load_plan
-from onnxsplit.stages.extract import CONSTANTS_IR_VERSION
+from onnxsplit.stages.extract import CONSTANTS_IR_VERSION, model_like
 from onnxsplit.stages.model_file import write_model
 
 
@@ -35,7 +35,8 @@ def merge(folder: str | Path, out: str | Path) -> Plan:
     """
     folder, out = Path(folder), Path(out)
     plan = load_plan(folder)
-    model = _merged(folder, plan)
+    model = merged(folder, plan, (open_model(folder / stage.file).proto for stage in plan.stages))
+    _add_defaults(model.graph, folder, plan)
     try:
         write_model(SourceModel(path=folder / "plan", proto=model, sha256=""), model, out, {}, by_content=True)
     except OSError as error:
@@ -43,19 +44,29 @@ def merge(folder: str | Path, out: str | Path) -> Plan:
     return plan
 
 
-def _merged(folder: Path, plan: Plan) -> onnx.ModelProto:
+def merged(folder: Path, plan: Plan, parts: Iterable[onnx.ModelProto]) -> onnx.ModelProto:
+    """One model that computes the same as the stages of a plan, with external data where the stages have it.
+
+    Inputs that may be left out have no defaults in it.
+
+    Args:
+        folder: the plan directory.
+        plan: the plan.
+        parts: the models of the stages, in the plan's order.
+
+    Raises:
+        InputError: the file with a constant that is an output cannot be read.
+    """
     model = onnx.ModelProto(ir_version=max(plan.model.ir_version, CONSTANTS_IR_VERSION))
-    graph = model.graph
     written: set[str] = set()
     constants: set[str] = set()
     functions: set[tuple[str, str, str]] = set()
-    for stage in plan.stages:
-        part = open_model(folder / stage.file).proto
-        if not written:
-            model.opset_import.extend(part.opset_import)
-            model.metadata_props.extend(part.metadata_props)
-            graph.name = part.graph.name
-            graph.metadata_props.extend(part.graph.metadata_props)
+    for position, part in enumerate(parts):
+        if not position:
+            model = model_like(part)
+            model.graph.name = part.graph.name
+            model.graph.metadata_props.extend(part.graph.metadata_props)
+        graph = model.graph
         for function in part.functions:
             key = (function.domain, function.name, function.overload)
             if key not in functions:
@@ -77,8 +88,7 @@ def _merged(folder: Path, plan: Plan) -> onnx.ModelProto:
         graph.quantization_annotation.extend(
             a for a in part.graph.quantization_annotation if a.tensor_name not in known
         )
-    for name, file in default_files(folder, plan).items():
-        graph.initializer.append(onnx.numpy_helper.from_array(load_npz(file)[name], name))
+    graph = model.graph
     for name, origin in plan.passthrough.items():
         if origin.file is not None and name not in constants:
             array = load_npz(folder / origin.file.name)[name]
@@ -91,6 +101,20 @@ def _merged(folder: Path, plan: Plan) -> onnx.ModelProto:
     graph.input.extend(value_info(name, plan.tensors[name]) for name in plan.inputs)
     graph.output.extend(value_info(name, plan.tensors[name]) for name in plan.outputs)
     return model
+
+
+def put_in_order(graph: onnx.GraphProto, outputs: Iterable[str]) -> None:
+    """Put the ops of a graph in the order of their first outputs; ops that are not named come last."""
+    place = {name: position for position, name in enumerate(outputs)}
+    nodes = sorted(graph.node, key=lambda node: place.get(next(filter(None, node.output), ""), len(place)))
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _add_defaults(graph: onnx.GraphProto, folder: Path, plan: Plan) -> None:
+    """Add the defaults of inputs that may be left out, as initializers."""
+    for name, file in default_files(folder, plan).items():
+        graph.initializer.append(onnx.numpy_helper.from_array(load_npz(file)[name], name))
 
 
 def _drop_unread(graph: onnx.GraphProto, outputs: Collection[str]) -> None:

@@ -96,5 +96,6 @@ def test_a_plan_of_a_decoder_says_what_stays_together(tmp_path):
     partition(build.save(decoders.gqa(), tmp_path), stages=2, out=tmp_path / "m.plan", effort="quick")
     plan = load_plan(tmp_path / "m.plan")
     known = load_costs(tmp_path / "m.plan" / plan.costs.ops.name)
-    assert plan.decoder is not None and known.together
+    assert plan.decoder is not None
+    assert known.together
     assert {name for group in known.together for name in group} <= known.op_ns.keys()
