@@ -14,6 +14,14 @@ _LATENCIES = 1000  # number of requests that the percentiles cover
 BUCKETS_NS = tuple(int(1000 * scale * 10**power) for power in range(2, 8) for scale in (1, 2.5, 5))
 """Upper ends of the buckets in which session times are counted, 100 us to 50 s. One more bucket counts longer times."""
 
+MOST_COSTS = 32
+"""Number of costs whose session times are counted apart. All further ones share the entry :data:`OTHER_COSTS`."""
+
+OTHER_COSTS = -1
+"""The key of the session times of requests whose cost has no entry of its own."""
+
+_COST_BITS = 3  # leading bits of a cost that are kept: four classes for every power of two
+
 
 @dataclass
 class NodeCounters:
@@ -31,6 +39,8 @@ class NodeCounters:
         latencies_ns: times from arrival to departure, of the last thousand requests.
         buckets: number of session times in each bucket of :data:`BUCKETS_NS`.
         times: number of times from arrival to departure, by :func:`~runtime.time_buckets.bucket_of`.
+        by_cost: number of requests and the sum of their times in the session, by the cost of the request, rounded down
+            to its three leading bits. It tells a slow device from long requests.
     """
 
     requests: int = 0
@@ -44,9 +54,10 @@ class NodeCounters:
     latencies_ns: deque[int] = field(default_factory=lambda: deque(maxlen=_LATENCIES))
     buckets: list[int] = field(default_factory=lambda: [0] * (len(BUCKETS_NS) + 1))
     times: dict[int, int] = field(default_factory=dict)
+    by_cost: dict[int, list[int]] = field(default_factory=dict)
 
-    def add(self, visit: Visit) -> None:
-        """Count a request that was answered and had been executed here."""
+    def add(self, visit: Visit, cost: int) -> None:
+        """Count a request of this cost that was answered and had been executed here."""
         run_ns = visit.ended_ns - visit.started_ns
         self.requests += 1
         self.wait_ns += visit.started_ns - visit.arrived_ns
@@ -57,3 +68,12 @@ class NodeCounters:
         self.latencies_ns.append(visit.sent_ns - visit.arrived_ns)
         bucket = bucket_of(visit.sent_ns - visit.arrived_ns)
         self.times[bucket] = self.times.get(bucket, 0) + 1
+        shift = cost.bit_length() - _COST_BITS
+        rounded = cost >> shift << shift if shift > 0 else cost
+        runs = self.by_cost.get(rounded) or self._runs_of(rounded)
+        runs[0] += 1
+        runs[1] += run_ns
+
+    def _runs_of(self, rounded: int) -> list[int]:
+        """The entry of a rounded cost that has none: a new one, or the shared one if the table is full."""
+        return self.by_cost.setdefault(rounded if len(self.by_cost) < MOST_COSTS else OTHER_COSTS, [0, 0])

@@ -319,7 +319,7 @@ class RequestTable:
         self._end(number)
         last_ns = 0
         for visit in request.visits.values():
-            self._roster.visited(visit)
+            self._roster.visited(visit, request.cost)
             last_ns = max(last_ns, visit.sent_ns)
         if last_ns:
             self._usual_ns += _SMOOTHING * (max(0, last_ns - request.begun_ns) - self._usual_ns)

@@ -312,12 +312,12 @@ class Roster:
 
     # Work of nodes
 
-    def visited(self, visit: Visit) -> None:
-        """Count an answered request for a node that it passed."""
+    def visited(self, visit: Visit, cost: int) -> None:
+        """Count an answered request of this cost for a node that it passed."""
         counters = self.counters.get((visit.stage, visit.replica))
         if counters is None:
             return
-        counters.add(visit)
+        counters.add(visit, cost)
         if (node := self.nodes.get((visit.stage, visit.replica))) is not None:
             node.requests, node.running_ns = node.requests + 1, 0
 

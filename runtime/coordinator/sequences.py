@@ -195,7 +195,7 @@ class SequenceTable:
             return
         self._scheduler.measure(step, event.now_ns)
         for visit in event.history:
-            self._roster.visited(visit)
+            self._roster.visited(visit, step.cost)
         drawn = {token.sequence: token for token in event.drawn}
         for sequence in step.waiting:
             sequence.taken = None

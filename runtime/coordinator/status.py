@@ -78,6 +78,8 @@ class NodeStats(Struct, frozen=True):
         state_bytes: bytes of those states.
         times: number of times from arrival to departure, by :func:`~runtime.time_buckets.bucket_of`. Not part of a
             :class:`Snapshot`.
+        by_cost: number of requests and the sum of their times in the session, by the cost of the request
+            (:class:`~runtime.coordinator.counters.NodeCounters`). Not part of a :class:`Snapshot`.
     """
 
     stage: int
@@ -104,6 +106,7 @@ class NodeStats(Struct, frozen=True):
     state_bytes: int = 0
     left_to_cpu: dict[str, int] = {}
     times: dict[int, int] = {}
+    by_cost: dict[int, tuple[int, int]] = {}
 
 
 class SequenceStats(Struct, frozen=True):
@@ -226,6 +229,7 @@ def node_stats(roster: Roster, queues: Mapping[int, int], providers: Sequence[st
                 state_bytes=node.state_bytes,
                 left_to_cpu=dict(node.left_to_cpu),
                 times=dict(counters.times),
+                by_cost={cost: (requests, ran_ns) for cost, (requests, ran_ns) in counters.by_cost.items()},
             )
         )
     return tuple(stats)
@@ -297,7 +301,7 @@ def snapshot(
         retries=machine.requests.retries,
         losses=roster.losses,
         cause=causes[0] if causes else "",
-        nodes=tuple(msgspec.structs.replace(node, times={}) for node in stats),
+        nodes=tuple(msgspec.structs.replace(node, times={}, by_cost={}) for node in stats),
         stages=stage_replicas(roster, ranges),
         sequences=sequence_stats(machine.sequences),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from onnxsplit.plan_files import load_plan
+from runtime.coordinator.counters import MOST_COSTS
 from runtime.coordinator.events import (
     Again,
     Announce,
@@ -181,6 +182,21 @@ def test_a_node_of_another_version_is_sent_away(plan):
     assert isinstance(effect, SendAway)
     assert "same version" in effect.reason
     assert effect.fate == "refused"
+
+
+def test_session_times_are_counted_by_the_cost_of_requests_in_a_bounded_table(plan):
+    machine = ready(plan)
+    visit = Visit(0, 0, 1, 2, 9, 9, 0, 0)
+    for number, cost in enumerate((1000, 1023, 1024, 5), 1):
+        machine.handle(Submitted(number, ("a",), cost, None, 0))
+        machine.handle(Returned(number, 1, ("a",), (visit,)))
+    counters = machine.roster.nodes[0, 0].counters
+    assert counters.by_cost == {896: [2, 14], 1024: [1, 7], 5: [1, 7]}
+    for power in range(41):
+        counters.add(visit, 1 << power)
+    assert len(counters.by_cost) == MOST_COSTS + 1
+    assert sum(requests for requests, _ in counters.by_cost.values()) == counters.requests == 45
+    assert sum(ran_ns for _, ran_ns in counters.by_cost.values()) == counters.run_ns
 
 
 def test_a_request_enters_and_is_answered_when_all_is_back(plan):
