@@ -120,6 +120,8 @@ PURE = [
         "runtime.gateway.telemetry.timeline",
     ),
     *("runtime.balance.replicas", "runtime.balance.autoscale"),
+    *("runtime.recut.window", "runtime.recut.drift", "runtime.recut.gain", "runtime.recut.decision"),
+    *("runtime.recut.learning", "runtime.recut.patience"),
     *("runtime.balance.policies", "runtime.balance.router", "runtime.memory.extents", "runtime.requests.normalize"),
     *("runtime.requests.arrays", "onnxsplit.plan_summary", "onnxsplit.plan_verdict", "onnxsplit.arguments"),
     *(
