@@ -226,9 +226,7 @@ class RunOptions:
         if self.mode not in ("sync", "async"):
             raise InputError(f"mode {shown(self.mode)} is unknown; allowed: sync, async")
         if self.rebalance not in get_args(Rebalance):
-            raise InputError(
-                f"rebalance {shown(self.rebalance)} is unknown; allowed: {', '.join(get_args(Rebalance))}"
-            )
+            raise InputError(f"rebalance {shown(self.rebalance)} is unknown; allowed: {', '.join(get_args(Rebalance))}")
         if self.balance not in POLICIES:
             raise InputError(f"balance {shown(self.balance)} is unknown; allowed: {', '.join(POLICIES)}")
         problems = [

@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 import operator
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from functools import reduce
@@ -89,7 +89,7 @@ class WantPlan:
 
 
 @dataclass(frozen=True)
-class Recut:
+class CutNow:
     """Load this plan and swap, and tell it by :meth:`Rebalancing.swapped` or :meth:`Rebalancing.failed`.
 
     Attributes:
@@ -105,7 +105,7 @@ class Recut:
 
 @dataclass(frozen=True)
 class RecutAdvice:
-    """What a re-cut would gain; said instead of :class:`Recut` if the settings do not act.
+    """What a re-cut would gain; said instead of :class:`CutNow` if the settings do not act.
 
     Attributes:
         gain: the predicted gain.
@@ -118,10 +118,10 @@ class RecutAdvice:
     text: str
 
 
-Action = Nothing | WantPlan | Recut | RecutAdvice
+Action = Nothing | WantPlan | CutNow | RecutAdvice
 
 
-class RecutPhase(Enum):
+class DecisionPhase(Enum):
     """What is going on."""
 
     STEADY = auto()
@@ -150,7 +150,7 @@ class Rebalancing:
     """
 
     def __init__(self, settings: RecutSettings) -> None:
-        self.phase = RecutPhase.STEADY
+        self.phase = DecisionPhase.STEADY
         self.why = "the baseline is not known yet"
         self.slowness: Mapping[str, float] = {}
         self._settings = settings
@@ -166,7 +166,7 @@ class Rebalancing:
         self._least = 1 + settings.least_gain
         self._open: Window | None = None  # not enough yet
         self._row: deque[_Seen] = deque(maxlen=settings.windows)
-        self._recut: Recut | None = None
+        self._recut: CutNow | None = None
         self._recut_ns = 0
         self.cooldown_s, self._until_ns = settings.cooldown_s, 0
         self._loading_s, self._dip = settings.loading_s, settings.dip
@@ -174,7 +174,7 @@ class Rebalancing:
 
     def look(self, window: Window, now_ns: int) -> Action:
         """Take note of what happened since the last look; returns what to do."""
-        if self.phase is RecutPhase.LOADING:
+        if self.phase is DecisionPhase.LOADING:
             self._loading = window if self._loading is None else self._loading + window
             return Nothing()
         drift = self._settings.drift
@@ -190,6 +190,13 @@ class Rebalancing:
             stage, requests = self._open.fewest()
             return self._unusable(f"stage {stage} has run {requests} requests in {self._open.seconds:.0f} s: too few")
         return self._decide(now_ns)
+
+    def present(self) -> WantPlan | None:
+        """What a plan for the present speeds would be made for; None before the baseline is known."""
+        baseline = self._learning.baseline
+        if baseline is None or not self._row:
+            return None
+        return self._wanted([self._row[-1]])
 
     def planned(self, candidate: NewPlan | None, now_ns: int) -> None:
         """The plan that was wanted was made; None if none gains anything, or planning failed."""
@@ -207,23 +214,23 @@ class Rebalancing:
         for device, speed in self._recut.candidate.speeds.items():
             made[device] = made.get(device, 1.0) * speed
         self._before, self._learning = self._learning, Learning(self._settings.drift, made)
-        self._start(RecutPhase.PROVING)
+        self._start(DecisionPhase.PROVING)
         self.why = "the new plan is being proved"
 
     def proved(self, kept: bool, now_ns: int) -> None:
         """The new plan was proved, or the old one serves again, whose baseline is known."""
         if not kept:
             self._learning = self._before
-            self._start(RecutPhase.STEADY)
-        self.phase = RecutPhase.STEADY
+            self._start(DecisionPhase.STEADY)
+        self.phase = DecisionPhase.STEADY
         self._cool(now_ns, longer=not kept)
 
     def failed(self, now_ns: int) -> None:
         """The new plan was not loaded; the old one still serves."""
-        self._start(RecutPhase.STEADY)
+        self._start(DecisionPhase.STEADY)
         self._cool(now_ns, longer=True)
 
-    def _start(self, phase: RecutPhase) -> None:
+    def _start(self, phase: DecisionPhase) -> None:
         """Forget what was seen of the windows before."""
         self.phase, self._open, self._loading = phase, None, None
         self._row.clear()
@@ -293,7 +300,7 @@ class Rebalancing:
 
     def _obstacle(self, now_ns: int) -> str:
         """What prevents that a new cut is planned or made now; empty if nothing does."""
-        if self.phase is RecutPhase.PROVING:
+        if self.phase is DecisionPhase.PROVING:
             return "the new plan is being proved"
         if not self._row:
             return self.why
@@ -311,7 +318,12 @@ class Rebalancing:
 
     def _want(self, now_ns: int) -> WantPlan:
         """Ask for a plan, for the mean speeds of the last windows of the stay."""
-        seen = list(self._row)[-self._stays.windows :]
+        wanted = self._wanted(list(self._row)[-self._stays.windows :])
+        self._planning.begin(wanted.speeds, now_ns)
+        return wanted
+
+    def _wanted(self, seen: Sequence[_Seen]) -> WantPlan:
+        """The plan for the mean speeds of some windows."""
         window = reduce(operator.add, (each.window for each in seen))
         baseline = self._learning.baseline
         drift = baseline.compare(window, 1) if baseline is not None else None
@@ -319,17 +331,16 @@ class Rebalancing:
         noise = self._learning.noise / math.sqrt(len(seen))
         speeds = {device: 1 / ratio for device, ratio in drift.ratios(noise).items()}
         first = {stage: drift.places[stage, nodes[0].device] for stage, nodes in window.stages.items()}
-        self._planning.begin(speeds, now_ns)
         return WantPlan(speeds, tuple(round(first[stage]) for stage in sorted(first)))
 
-    def _cut(self, plan: NewPlan, gain: float, now_ns: int) -> Recut | RecutAdvice:
+    def _cut(self, plan: NewPlan, gain: float, now_ns: int) -> CutNow | RecutAdvice:
         """Make the new cut, or advise it."""
         if not self._settings.acts:
             self._until_ns = now_ns + int(self._settings.cooldown_s * 1e9)
             return RecutAdvice(gain, plan.speeds, self.why)
         before = reduce(operator.add, (seen.window for seen in self._row))
-        self._recut, self._recut_ns = Recut(plan, gain, before), now_ns
-        self.phase, self._open, self._loading = RecutPhase.LOADING, None, None
+        self._recut, self._recut_ns = CutNow(plan, gain, before), now_ns
+        self.phase, self._open, self._loading = DecisionPhase.LOADING, None, None
         return self._recut
 
 

@@ -18,15 +18,15 @@ from runtime.errors import LaunchFailed, PipelineClosed, PipelineError, RecutFai
 from runtime.logs import log_event
 from runtime.recut.beside import prepare_beside
 from runtime.recut.door import Door
-from runtime.recut.phases import TRANSITIONS, RecutChange, RecutPhase
 from runtime.recut.gain import verdict
+from runtime.recut.phases import TRANSITIONS, RecutChange, RecutPhase
 from runtime.recut.planning import Replan, replan
 from runtime.recut.result import Recut, RecutSeconds
 from runtime.recut.running_plan import RunningPlan
 from runtime.recut.same_model import why_another_model
+from runtime.recut.warming import AnswersDiffer, RequestSamples, compare
 from runtime.recut.watching import present_speeds, watched
 from runtime.recut.window import DriftSettings, Window
-from runtime.recut.warming import AnswersDiffer, RequestSamples, compare
 from runtime.transition_table import Machine
 
 _log = logging.getLogger("runtime.recut")
@@ -241,9 +241,7 @@ class Recutter:
             if speeds is None:
                 assert change.before is not None
                 speeds = present_speeds(old.plan, change.before, _SETTINGS)
-            made = replan(
-                old.folder, speeds=speeds, stage_times_ns=wish.stage_times_ns, stopped=self._stopped.is_set
-            )
+            made = replan(old.folder, speeds=speeds, stage_times_ns=wish.stage_times_ns, stopped=self._stopped.is_set)
         change.remove_plan = made.close
         change.seconds = replace(change.seconds, planning=made.seconds)
         change.predicted_gain = made.gain

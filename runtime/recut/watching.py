@@ -8,7 +8,6 @@ from collections.abc import Callable
 from onnxsplit.plan import Plan
 from runtime.recut.running_plan import RunningPlan
 from runtime.recut.window import DriftSettings, Look, Window, window_between
-from runtime.topology import ReplicaKey
 
 _SAMPLE_S = 0.1
 _LONELY_S = 1.0  # a plan that no request enters for so long is not watched any longer

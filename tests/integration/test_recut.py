@@ -167,7 +167,7 @@ def test_a_plan_whose_nodes_cannot_start_is_given_up(pipeline, plans, tmp_path):
         with pytest.raises(RecutRefused, match=r"stage1.onnx: its SHA-256 is not the plan's"):
             pipeline.recut(broken).result(120)
         more(answered)
-    with pytest.raises(RecutRefused, match="nothing.plan is not a plan directory: it is missing"):
+    with pytest.raises(RecutRefused, match=r"nothing.plan is not a plan directory: it is missing"):
         pipeline.recut(tmp_path / "nothing.plan").result(120)
     assert len(pipeline.entrance.plans) == 1
 

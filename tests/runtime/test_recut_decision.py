@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.balance.policies import UNIT_COST
-from runtime.recut.decision import Rebalancing, RecutPhase, RecutSettings, WantPlan
+from runtime.recut.decision import DecisionPhase, Rebalancing, RecutSettings, WantPlan
 from runtime.recut.drift import Baseline
 from runtime.recut.gain import NewPlan, contradiction, possible_gain, slowest_ns, verdict
 from runtime.recut.patience import Planning, Stays
@@ -219,7 +219,7 @@ def steady_rule() -> Rebalancing:
     rule = Rebalancing(RecutSettings())
     for number in range(5):
         rule.look(window(50, 60, 60), 3 * number * SECOND)
-    assert rule.phase is RecutPhase.STEADY
+    assert rule.phase is DecisionPhase.STEADY
     return rule
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from runtime.balance.policies import UNIT_COST
 from runtime.coordinator.counters import NodeCounters
 from runtime.coordinator.status import NodeStats
-from runtime.recut.decision import Rebalancing, Recut, RecutAdvice, RecutSettings, WantPlan
+from runtime.recut.decision import CutNow, Rebalancing, RecutAdvice, RecutSettings, WantPlan
 from runtime.recut.gain import NewPlan, verdict
 from runtime.recut.window import Look, NodeWindow, Window, window_between
 from runtime.wire.messages.data import Visit
@@ -105,7 +105,7 @@ class DriftingPipeline:
         self.penalty = 1.0
         self.now_s = 0.0
         self.wanted: list[tuple[float, WantPlan]] = []
-        self.recuts: list[tuple[float, Recut]] = []
+        self.recuts: list[tuple[float, CutNow]] = []
         self.advice: list[tuple[float, RecutAdvice]] = []
         self.proofs: list[tuple[float, bool]] = []
         self.rates: list[tuple[float, int]] = []
@@ -206,7 +206,7 @@ class DriftingPipeline:
             case WantPlan():
                 self.wanted.append((self.now_s, action))
                 self._due.append((self.now_s + PLAN_S, lambda: self.rule.planned(self._plan(action), self._now_ns)))
-            case Recut():
+            case CutNow():
                 self.recuts.append((self.now_s, action))
                 self._due.append((self.now_s + LOAD_S, lambda: self._swap(action)))
             case RecutAdvice():
@@ -229,7 +229,7 @@ class DriftingPipeline:
             new=[[(name, time)] for name, time in zip(names, new, strict=True)],
         )
 
-    def _swap(self, recut: Recut) -> None:
+    def _swap(self, recut: CutNow) -> None:
         if not self.loads:
             self.rule.failed(self._now_ns)
             return
