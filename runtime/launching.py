@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -79,6 +80,29 @@ def meeting_point(bind: str, ports: Sequence[int] | None, security: Security, ke
     )
 
 
+def beside(bind: str, ports: Sequence[int] | None) -> str:
+    """The address for the coordinator of the next plan, while that of the present plan still listens.
+
+    Args:
+        bind: the present address for control messages: of tcp, or of a socket on this host.
+        ports: the ports for results and for stage files; None for any free ones.
+
+    Returns:
+        The same host with any free port, or another path.
+
+    Raises:
+        InputError: the ports are fixed.
+    """
+    if ports is not None:
+        raise InputError(
+            f"the plan cannot change while it serves: results and stage files have the fixed ports {ports[0]} and "
+            f"{ports[1]}, where a second coordinator cannot listen. Leave ports out, or stop, and serve the new plan"
+        )
+    if bind.startswith("tcp://"):
+        return f"{bind.rpartition(':')[0]}:*"
+    return f"{bind}.{secrets.token_hex(2)}"
+
+
 def setup_of(
     folder: Path,
     plan: Plan,
@@ -89,6 +113,7 @@ def setup_of(
     threads: int,
     launcher: Launcher | None,
     start_timeout_s: float | None,
+    succeeds: bool = False,
 ) -> Setup:
     """The setup of a run's coordinator.
 
@@ -101,6 +126,7 @@ def setup_of(
         threads: threads of every node's session; 0 for the plan's number.
         launcher: starts the nodes; None waits for nodes that are started by hand.
         start_timeout_s: time for all nodes to become ready; None waits for ever.
+        succeeds: whether nodes of another coordinator start the nodes.
     """
     planned = [stage.provider for stage in plan.stages]
     provider, ranges = options.provider, options.ranges(plan)
@@ -128,6 +154,7 @@ def setup_of(
         start_timeout_s=start_timeout_s,
         progress=options.progress,
         sequences=limits_of(plan, options),
+        succeeds=succeeds,
     )
 
 

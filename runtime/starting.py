@@ -121,7 +121,12 @@ def launch_nodes(
 
 
 def wait_for_nodes(
-    plan: str | Path, bind: str, options: Mapping[str, Any], admission: Admission | None = None
+    plan: str | Path,
+    bind: str,
+    options: Mapping[str, Any],
+    admission: Admission | None = None,
+    *,
+    succeeds: bool = False,
 ) -> PreparedPipeline:
     """Prepare a pipeline whose nodes are started by hand; see :meth:`runtime.pipeline.Pipeline.listen`.
 
@@ -130,6 +135,9 @@ def wait_for_nodes(
         bind: the address for nodes.
         options: the attributes of :class:`~runtime.options.RunOptions`.
         admission: as for :func:`launch_nodes`.
+        succeeds: whether nodes of another pipeline start its nodes
+            (:meth:`runtime.coordinator.loop.Coordinator.succeed`). If one of these is lost before all are ready, the
+            launch fails.
     """
     wanted = RunOptions.of(options)
     refuse_ranges(wanted, "Nodes that are started by hand come and go with elastic=True")
@@ -149,6 +157,7 @@ def wait_for_nodes(
             threads=wanted.threads or 0,
             launcher=None,
             start_timeout_s=wanted.start_timeout,
+            succeeds=succeeds,
         )
         return _prepared(setup, wanted, memory_bytes, admission)
     except BaseException:

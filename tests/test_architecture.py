@@ -27,7 +27,7 @@ OFFLINE = [
     "cli __main__",
 ]
 ONLINE = [
-    "errors timings time_buckets transition_table logs descriptors home",
+    "errors timings time_buckets transition_table logs descriptors home background",
     "wire",
     "topology trace balance files deploy launcher guided",
     "memory",

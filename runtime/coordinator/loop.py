@@ -15,23 +15,26 @@ from __future__ import annotations
 import logging
 import math
 import os
-import shutil
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+from runtime.background import BACKGROUND_S
 from runtime.balance.router import Router
 from runtime.coordinator.data_links import DataLinks
+from runtime.coordinator.ending import end_in_order, remove_files
 from runtime.coordinator.events import CloseAsked, CoordinatorEvent, DrainAsked, Expired, Lost, Prepared, Scaled, Tick
 from runtime.coordinator.failure_detector import FailureDetector
+from runtime.coordinator.handover import Handover
 from runtime.coordinator.inbox import Inbox
 from runtime.coordinator.interpreter import carry_out
 from runtime.coordinator.node_controller import NodeController
 from runtime.coordinator.node_monitor import NodeMonitor
 from runtime.coordinator.node_record import Incident, Phase
 from runtime.coordinator.pipeline_phase import PipelinePhase
+from runtime.coordinator.progress import Progress
 from runtime.coordinator.request_io import RequestIO
 from runtime.coordinator.results import ResultTaker
 from runtime.coordinator.scaling import LoadScaling
@@ -49,6 +52,7 @@ from runtime.coordinator.status import (
     snapshot,
     stage_replicas,
 )
+from runtime.coordinator.succession import Places
 from runtime.errors import LaunchFailed, PipelineClosed, PipelineError
 from runtime.home import hold, sweep
 from runtime.logs import log_event
@@ -71,6 +75,7 @@ class Coordinator:
         profiles: the profiles of the nodes' sessions, by slot; filled when the coordinator closes, if requested.
         limits: the limits of sequences; None where the plan has no decoder.
         ranges: the allowed numbers of nodes of every stage.
+        handover: where it listens, and which successors of its nodes were lost.
     """
 
     def __init__(self, setup: Setup) -> None:
@@ -79,6 +84,7 @@ class Coordinator:
         self.ranges = setup.ranges
         self._setup = setup
         self._inbox = Inbox()
+        self.handover = Handover(self._inbox)
         self._payloads = Payloads(setup.memory_bytes)
         self._router = Router(setup.balance, self._payloads.board)
         self._machine = CoordinatorState(
@@ -88,7 +94,7 @@ class Coordinator:
             timings=setup.timings,
             attempts=setup.attempts,
             elastic=setup.elastic,
-            patient=setup.launcher is None,
+            patient=setup.is_patient,
             limits=setup.sequences,
         )
         self._links = DataLinks(setup.plan, self._machine, self._payloads, self._router)
@@ -109,7 +115,7 @@ class Coordinator:
         self._held: int | None = None
         self._ready: Future[str] = Future()
         self._drained: Future[None] = Future()
-        self._progress = self._told_progress = (-1, -1)  # the number of ready nodes, and of all nodes
+        self._progress = Progress(setup.progress)
         self._thread = threading.Thread(target=self._serve, name="coordinator", daemon=True)
 
     # Called from any thread
@@ -134,6 +140,24 @@ class Coordinator:
     def close_when_drained(self) -> None:
         """Drain, then close. Returns at once, and takes no lock that the calling thread may hold."""
         self.drain().add_done_callback(lambda _: None if self.ended else self._inbox.post(CloseAsked()))
+
+    def succeed(self, address: str, places: Places, *, background_s: float = BACKGROUND_S) -> Future[None]:
+        """Let nodes that were started by hand start their successors, and serve on meanwhile.
+
+        Args:
+            address: where the coordinator of the next plan listens.
+            places: see :data:`~runtime.coordinator.succession.Places`. Other slots get no successor.
+            background_s: how long successors load at idle priority at most; 0 for not at all.
+
+        Returns:
+            It is done when all have started. It fails with LaunchFailed, which names the node and the reason. Others
+            may have started a successor then, which ends when the coordinator at the address closes.
+        """
+        return self.handover.succeed(address, places, background_s)
+
+    def take_over(self, address: str) -> Future[None]:
+        """Listen at this address too, as soon as it is free; the future fails with PipelineError if it is unusable."""
+        return self.handover.take_over(address)
 
     def scale(self, stage: int, replicas: int) -> None:
         """Set the number of a stage's nodes."""
@@ -255,6 +279,7 @@ class Coordinator:
             self.requests, links, machine, self._payloads, self._router, self._inbox, channels.results, channels.data
         )
         self._control, self._results = control, taker
+        self.handover.open(control.succession, control.take_over, channels.control.address)
         if self._setup.scales:
             self._scaling = LoadScaling(self._setup, machine, links, self.requests.lock, control.handles)
         machine.links.data_address = channels.data.address
@@ -293,7 +318,7 @@ class Coordinator:
                 self._turn(events, control, beats=beats)
             self._inbox.make_calls()
             self.requests.answers.deliver()
-            self._tell_progress()
+            self._progress.tell()
             ready = channels.sockets.wait(self._patience_s(next_beat, control))
             self._inbox.wakeup.clear()
             self._inbox.events.extend(monitor.hear())
@@ -333,18 +358,7 @@ class Coordinator:
         if isinstance(event, Prepared):
             if (node := roster.by_identity(event.identity)) is not None:
                 self._detector.serves(node.number)
-            total = len(roster.nodes)
-            self._progress = total - len(roster.missing()), total
-
-    def _tell_progress(self) -> None:
-        """Tell the caller how many nodes are ready if that has changed, without the lock."""
-        if self._progress == self._told_progress:
-            return
-        self._told_progress = self._progress
-        try:
-            self._setup.progress(*self._progress)
-        except Exception:
-            _log.exception("the callback for progress raised")
+            self._progress.note(len(roster.nodes) - len(roster.missing()), len(roster.nodes))
 
     def _patience_s(self, next_beat_s: float, control: NodeController) -> float:
         """How long the thread may wait for messages."""
@@ -366,34 +380,19 @@ class Coordinator:
         """Answer all requests and resolve all futures, even if a step fails."""
         what = "the pipeline was closed" if failure is None else f"the coordinator failed: {failure!r}"
         reason = failure if isinstance(failure, PipelineError) else PipelineClosed(what)
-        steps: tuple[Callable[[], None], ...] = (
+        end_in_order(
             lambda: self.requests.fail(reason),
             lambda: self._remove(failure),
-            self._release_folder,
+            lambda: os.close(self._held) if self._held is not None else None,  # after everything else was removed
             self._inbox.wakeup.close,
+            lambda: self.handover.end(reason),
         )
-        for step in steps:
-            try:
-                step()
-            except Exception:
-                _log.exception("the coordinator could not end in order")
         for future in (self._ready, self._drained):
             if not future.done():
                 future.set_exception(reason)
 
-    def _release_folder(self) -> None:
-        """Release the mark on the pipeline's folder, after everything that should not stay was removed."""
-        if self._held is not None:
-            os.close(self._held)
-
     def _remove(self, failure: BaseException | None) -> None:
         """Close the launcher, and remove the pipeline's files; logs stay where they are needed."""
-        setup, roster = self._setup, self._machine.roster
         broken = failure is not None or isinstance(self._machine.error, LaunchFailed)
-        broken = broken or any(node.phase is Phase.OPEN for node in roster)
-        if setup.launcher is None:
-            shutil.rmtree(setup.rendezvous.home, ignore_errors=True)
-            return
-        if setup.profile:
-            self.profiles = {slot: setup.launcher.profile(*slot) for slot in roster.nodes}
-        setup.launcher.close(keep_logs=broken)
+        broken = broken or any(node.phase is Phase.OPEN for node in self._machine.roster)
+        self.profiles = remove_files(self._setup, self._machine.roster.nodes, keep_logs=broken)

@@ -15,6 +15,7 @@ from runtime.coordinator.interpreter import NodeEffects
 from runtime.coordinator.pipeline_phase import PipelinePhase
 from runtime.coordinator.setup import Channels, Setup
 from runtime.coordinator.state import CoordinatorState
+from runtime.coordinator.succession import Succession, TakeOver
 from runtime.errors import PipelineError
 from runtime.launcher import Handle
 from runtime.logs import log_event
@@ -43,6 +44,8 @@ class NodeController(NodeEffects):
         lost: the nodes whose loss is not handled yet, by number: what happened, and what each is told to do.
         unreached: the identities of the nodes to which a message could not be sent.
         trusted: the allowed public keys, as last sent to the nodes.
+        succession: asks nodes to start their successors.
+        take_over: listens at further addresses for nodes.
     """
 
     def __init__(
@@ -67,6 +70,8 @@ class NodeController(NodeEffects):
         self._channels = channels
         self._ready = ready
         self._all_drained = all_drained
+        self.succession = Succession(machine.roster, self.tell, setup.public_key)
+        self.take_over = TakeOver(channels.sockets, channels.control)
 
     def tell(self, identity: bytes, header: bytes) -> bool:
         """Send a message to a node; False when its link is broken, until the node is heard again."""

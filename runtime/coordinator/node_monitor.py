@@ -17,7 +17,16 @@ from runtime.coordinator.state import CoordinatorState
 from runtime.errors import PipelineError, ProtocolError
 from runtime.logs import DropLog
 from runtime.wire import codec
-from runtime.wire.messages.control import Beat, Hello, NodeBeat, Stop, refusal
+from runtime.wire.messages.control import (
+    Beat,
+    Hello,
+    NodeBeat,
+    Stop,
+    Succeeded,
+    SucceedRefused,
+    SuccessorEnded,
+    refusal,
+)
 from runtime.wire.security import check_address
 
 _log = logging.getLogger("runtime.coordinator")
@@ -67,7 +76,9 @@ class NodeMonitor:
             except (ProtocolError, PipelineError) as error:
                 _drops.note(error)
                 continue
-            if isinstance(said, NodeBeat):
+            if isinstance(said, Succeeded | SucceedRefused | SuccessorEnded):
+                self._control.succession.hear(identity, said)
+            elif isinstance(said, NodeBeat):
                 events += self._heard(identity, said, now_ns)
             elif isinstance(said, Hello) and (trusted := self._setup.trusted()) is not None and key not in trusted:
                 # Its connection was opened before its key was revoked.
@@ -119,6 +130,8 @@ class NodeMonitor:
         self._look_at_keys()
         events = self._look_at_links(now_ns)
         control.take_for_dead(self._detector.silent(now_ns))
+        control.succession.look()
+        control.take_over.look()
         return events + self._look_at_starts(now_ns, running_s)
 
     def _look_at_keys(self) -> None:

@@ -45,6 +45,8 @@ class Setup:
         start_timeout_s: time for all nodes to become ready; None waits for ever.
         progress: called with the number of ready nodes and the number of all nodes whenever the former changes.
         sequences: the limits of sequences; None where the plan has no decoder.
+        succeeds: whether nodes of another coordinator start its nodes: if one is lost before all are ready, nobody
+            starts another, and the launch fails.
     """
 
     folder: Path
@@ -68,6 +70,12 @@ class Setup:
     start_timeout_s: float | None
     progress: Callable[[int, int], None]
     sequences: SequenceLimits | None = None
+    succeeds: bool = False
+
+    @property
+    def is_patient(self) -> bool:
+        """Whether to wait for another node when one is lost before all were ready."""
+        return self.launcher is None and not self.succeeds
 
     @property
     def replicas(self) -> tuple[int, ...]:

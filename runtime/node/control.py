@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Protocol
 
 from runtime.errors import ProtocolError
@@ -13,7 +14,19 @@ from runtime.logs import DropLog
 from runtime.node.events import Assigned, AttemptCancelled, NodeEvent, Passed, Shared, Wired
 from runtime.timings import Timings
 from runtime.wire import codec
-from runtime.wire.messages.control import Assign, Beat, Cancel, Hello, NodeBeat, NodeControl, Share, Stop, Trust, Wire
+from runtime.wire.messages.control import (
+    Assign,
+    Beat,
+    Cancel,
+    Hello,
+    NodeBeat,
+    NodeControl,
+    Share,
+    Stop,
+    Succeed,
+    Trust,
+    Wire,
+)
 from runtime.wire.security import Security
 from runtime.wire.sockets import Sockets
 from runtime.wire.wakeup import Wakeup
@@ -37,6 +50,10 @@ class ControlledNode(Protocol):
 
     def trust(self, keys: frozenset[str]) -> None:
         """Accept connections from the owners of these public keys."""
+        ...
+
+    def succeed(self, wish: Succeed, say: Callable[[NodeControl], None]) -> None:
+        """Start a successor; ``say`` gets the answer."""
         ...
 
     def end_soon(self, reason: str) -> None:
@@ -173,6 +190,8 @@ class ControlLink(threading.Thread):
                 self._node.post(Shared(readers))
             case Cancel(request, attempt):
                 self._node.post(AttemptCancelled(request, attempt))
+            case Succeed():
+                self._node.succeed(message, self.say)
             case Stop(reason, "end"):
                 self._node.end_soon(reason)
             case Stop(reason, "rejoin"):

@@ -24,7 +24,7 @@ class NodeOptions:
         replica: the replica it wants to be; -1 for any.
         number: the number its launcher gave it; 0 for none.
         plan: its own copy of the plan directory. When None, it reads the coordinator's folder if it can see it, and
-            else fetches the stage's files.
+            else fetches the stage's files. So does a successor whose copy is of another plan.
         fetch: whether to fetch the files even if it sees the coordinator's folder.
         cache_bytes: the largest size of fetched stage files on this host.
         host: the name of this host in the cluster file; its own name when None.
@@ -40,6 +40,9 @@ class NodeOptions:
         advertise: the address that peers are told; None for the one that was bound.
         keys: folder with the keys that protect links over tcp; None leaves them plain.
         insecure: whether plain links may leave this host.
+        succeeds: whether it is the successor of a node that was started by hand; set together with ``lifeline``. See
+            :mod:`runtime.node.origin`.
+        background: whether it was started at idle priority, and is to return to normal priority when it is ready.
         custom_ops: the only libraries of custom ops that it may load, for stages that need them.
     """
 
@@ -63,4 +66,6 @@ class NodeOptions:
     advertise: str | None = None
     keys: Path | None = None
     insecure: bool = False
+    succeeds: bool = False
+    background: bool = False
     custom_ops: tuple[Library, ...] = ()

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import os
-import select
 import shutil
 import signal
 import socket
@@ -24,6 +23,7 @@ from pathlib import Path
 import msgspec.structs
 
 from onnxsplit.file_cache import cache_folder
+from runtime.background import bring_forward
 from runtime.balance.policies import UNIT_COST
 from runtime.files.stage import StageFiles
 from runtime.files.stage_cache import StageCache
@@ -50,14 +50,23 @@ from runtime.node.events import (
     StopAsked,
     Turn,
 )
-from runtime.node.health import write_health
 from runtime.node.options import NodeOptions
+from runtime.node.origin import LOST, Origin, Say
 from runtime.node.state import NodePhase, NodeState
 from runtime.node.worker import Worker
 from runtime.wire.addresses import own_address, reachable
 from runtime.wire.keys import Keys
 from runtime.wire.links import Inlet
-from runtime.wire.messages.control import PROTOCOL, Hello, Leaving, NodeBeat, Ready, Refused
+from runtime.wire.messages.control import (
+    PROTOCOL,
+    Hello,
+    Leaving,
+    NodeBeat,
+    Ready,
+    Refused,
+    Succeed,
+    SucceedRefused,
+)
 from runtime.wire.security import Security
 from runtime.wire.sockets import Sockets
 from runtime.wire.wakeup import Wakeup
@@ -76,6 +85,7 @@ class NodeProcess:
         options: the options of the node.
         home: a private folder for its socket and profile.
         keys: its keys; None leaves links plain.
+        origin: what has started it.
         patience_s: seconds to wait for the coordinator's first message; None waits without limit.
         asked_before: whether an earlier node of this process has asked for a place without success.
 
@@ -93,12 +103,14 @@ class NodeProcess:
         options: NodeOptions,
         home: Path,
         keys: Keys | None,
+        origin: Origin,
         patience_s: float | None = None,
         *,
         asked_before: bool = False,
     ) -> None:
         self._options = options
         self._home = home
+        self._origin = origin
         self._own_key = keys.pair.public if keys else ""
         self._coordinator_key = keys.of("coordinator") if keys else ""
         self._patience_s = patience_s
@@ -128,8 +140,9 @@ class NodeProcess:
             security=self._security,
             key=self._coordinator_key,
             custom_ops=options.custom_ops,
+            strict=not options.succeeds,
         )
-        self._refused = False
+        self._refused = self._lost = False
         self.ended = threading.Event()
         self._exit: Exit | None = None
         self._turn_ns = 0  # when the main thread last began to work; 0 while it waits
@@ -137,8 +150,7 @@ class NodeProcess:
     @property
     def beat(self) -> NodeBeat:
         """A heartbeat, as of now."""
-        if self._options.health is not None:
-            write_health(self._options.health, self._machine.state.name.lower())
+        self._origin.report(self._machine.state.name.lower())
         began, longest_ns = self._worker.clock.began, self._worker.clock.longest_ns
         if began is None and self._turn_ns and self._machine.state in _SERVING:
             began = self._turn_ns, UNIT_COST  # other work, such as sending, should not take longer than a request
@@ -171,9 +183,11 @@ class NodeProcess:
 
     def _exit_now(self, seconds: float, reason: str) -> None:
         _log.error("ending: work was still running %.0f s after the node was to stop: %s", seconds, reason)
+        if self._origin.outlive() and self._exit is not None:
+            return
         if not self._options.lifeline:  # otherwise the launcher removes the folder
             shutil.rmtree(self._home, ignore_errors=True)
-        os._exit(1)
+        os._exit(LOST if self._lost else 1)
 
     def coordinator_silent(self, reason: str) -> None:
         """The coordinator has fallen silent: drop the work and ask for a place again; see :meth:`rejoin`."""
@@ -185,6 +199,7 @@ class NodeProcess:
         A stage that is loading, or a request that runs, may finish first; the result is dropped.
         """
         if self._options.lifeline:
+            self._lost = self._options.succeeds
             self.end_soon(reason)
         elif not self.rejoins and not self._refused:
             self.rejoins = True
@@ -194,11 +209,22 @@ class NodeProcess:
         """End soon, because the coordinator will never accept this node."""
         if not self._refused:
             _log.error("%s", reason)
-        self._refused, self.rejoins = True, False
+        self._refused, self.rejoins, self._lost = True, False, False
         self.end_soon(reason)
+
+    def succeed(self, wish: Succeed, say: Say) -> None:
+        """Let a successor be started; ``say`` gets the answer. Thread-safe."""
+        if self._machine.state is NodePhase.READY:
+            self._origin.succeed(wish, say)
+        else:
+            say(SucceedRefused(f"it is {self._machine.state.name.lower()}, and only a ready node can be succeeded"))
 
     def _asked_to_end(self, what: str) -> None:
         """Handle a signal: finish the work within ``drain_s``; without work, or when it is repeated, end soon."""
+        self._origin.signalled()
+        if self._exit is not None:
+            self.ended.set()
+            return
         if self.ended.is_set():
             self.end_soon(f"received {what} again")
             return
@@ -220,8 +246,7 @@ class NodeProcess:
                 signal.signal(number, signal.SIG_IGN)  # the launcher handles Ctrl-C in the terminal
             else:
                 signal.signal(number, lambda number, _: self._asked_to_end(signal.Signals(number).name))
-        if options.lifeline:
-            threading.Thread(target=_watch_lifeline, args=(self._home,), daemon=True).start()
+        self._origin.watch(self._home)
         with Sockets(security=self._security) as sockets:
             shortcut = self._home / f"node-{os.getpid()}.fragments" if options.memory_bytes else None
             inlet = sockets.inlet(options.bind or self._default_address(), shortcut=shortcut)
@@ -244,7 +269,7 @@ class NodeProcess:
         self._wakeup.close()
         assert self._exit is not None
         self._log_end(self._exit.reason)
-        return 1 if self._refused else 0
+        return 1 if self._refused else LOST if self._lost else 0
 
     def _hello(self, address: str, shortcut: Path | None) -> Hello:
         options = self._options
@@ -362,6 +387,8 @@ class NodeProcess:
             case LendMemory(readers):
                 worker.share(readers)
             case SayReady():
+                if self._options.background:
+                    bring_forward(os.getpid())
                 control.say(Ready(worker.mapped, worker.why_unguided, worker.left_to_cpu))
             case SayLeaving():
                 control.say(Leaving())
@@ -371,14 +398,3 @@ class NodeProcess:
             case Exit():
                 self._exit = effect
         return None
-
-
-def _watch_lifeline(home: Path) -> None:
-    """End the process when standard input ends or the parent changes, because the launching process has ended."""
-    parent = os.getppid()
-    while os.getppid() == parent:
-        readable, _, _ = select.select([0], [], [], 1.0)
-        if readable and not os.read(0, 4096):
-            break
-    shutil.rmtree(home, ignore_errors=True)
-    os._exit(0)

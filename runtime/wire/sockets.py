@@ -11,6 +11,7 @@ that has several frames, is too large for a datagram or finds the queue full is 
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import socket
@@ -62,7 +63,7 @@ class Sockets:
         self._open: list[zmq.Socket[bytes]] = []
         self._monitors: list[zmq.Socket[bytes]] = []
         self._states: dict[zmq.Socket[bytes], LinkState] = {}
-        self._bound_files: list[Path] = []
+        self._bound_files: list[tuple[Path, int]] = []  # with the inode: another process may have bound the path since
         self._datagram_sockets: list[socket.socket] = []
         self._poll = select.epoll()
         self._sources: dict[int, object] = {}
@@ -83,8 +84,10 @@ class Sockets:
         self._context.term()
         for datagrams in self._datagram_sockets:
             datagrams.close()
-        for file in self._bound_files:
-            file.unlink(missing_ok=True)
+        for file, inode in self._bound_files:
+            with suppress(FileNotFoundError):
+                if file.stat().st_ino == inode:
+                    file.unlink()
         self._poll.close()
 
     def fileno(self) -> int:
@@ -122,7 +125,7 @@ class Sockets:
         if shortcut is not None:
             datagrams = self._datagrams()
             datagrams.bind(str(shortcut))
-            self._bound_files.append(shortcut)
+            self._note_file(shortcut)
             self.watch(datagrams.fileno())
         return Inlet(dealer, bound, datagrams, self._unread, self._security.revoked)
 
@@ -193,18 +196,44 @@ class Sockets:
             raw.zap_domain = _DOMAIN.encode()
             if self._security.learns:
                 raw.handshake_ivl = _LEARNING_MS
+        try:
+            bound = self._bind_now(raw, address)
+        except zmq.ZMQError as error:
+            raise PipelineError(f"cannot listen at {address}: {error.strerror}. Choose another address") from error
+        self._listen(raw)
+        return bound
+
+    def bind_also(self, inlet: AnsweringInlet, address: str) -> bool:
+        """Let an inlet listen at a further address too; False, with nothing changed, while that is in use.
+
+        Raises:
+            PipelineError: the address cannot be used.
+        """
+        check_address(address, self._security)
+        if address.startswith("ipc://") and Path(address.removeprefix("ipc://")).exists():
+            return False  # ZeroMQ would take the path from the process that listens there
+        try:
+            self._bind_now(inlet.raw, address)
+        except zmq.ZMQError as error:
+            if error.errno == errno.EADDRINUSE:
+                return False
+            raise PipelineError(f"cannot listen at {address}: {error.strerror}") from error
+        return True
+
+    def _bind_now(self, raw: zmq.Socket[bytes], address: str) -> str:
+        """Bind a socket; returns the address with the port that was chosen."""
         before = os.umask(0o077)  # only this user may connect to an ipc socket
         try:
             raw.bind(address)
-        except zmq.ZMQError as error:
-            raise PipelineError(f"cannot listen at {address}: {error.strerror}. Choose another address") from error
         finally:
             os.umask(before)
         bound = raw.getsockopt_string(zmq.LAST_ENDPOINT)
         if bound.startswith("ipc://"):
-            self._bound_files.append(Path(bound.removeprefix("ipc://")))
-        self._listen(raw)
+            self._note_file(Path(bound.removeprefix("ipc://")))
         return bound
+
+    def _note_file(self, path: Path) -> None:
+        self._bound_files.append((path, path.stat().st_ino))
 
     def _authenticate(self) -> None:
         """Check the key of every process that connects."""

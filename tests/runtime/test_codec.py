@@ -12,7 +12,22 @@ from hypothesis.extra import numpy as hnp
 
 from runtime.errors import ProtocolError
 from runtime.wire import codec
-from runtime.wire.messages.control import Assign, Beat, Cancel, Hello, Leaving, Memory, NodeBeat, Peer, Share, Wire
+from runtime.wire.messages.control import (
+    Assign,
+    Beat,
+    Cancel,
+    Hello,
+    Leaving,
+    Memory,
+    NodeBeat,
+    Peer,
+    Share,
+    Succeed,
+    Succeeded,
+    SucceedRefused,
+    SuccessorEnded,
+    Wire,
+)
 from runtime.wire.messages.data import Failed, Fragment, Receipt, Started, TensorHead, TensorPlace, Visit
 
 HEAD = TensorHead("x", "float32", (4,), bytes(16))
@@ -84,6 +99,10 @@ def test_a_view_of_an_array_is_sent_with_its_own_values():
         (codec.decode_data, Receipt(3, 1000, 1500, 9, 5, 7)),
         (codec.decode_node_control, NodeBeat(5, 4, 1000, 9, (2,))),
         (codec.decode_node_control, Leaving()),
+        (codec.decode_node_control, Succeeded(7)),
+        (codec.decode_node_control, SucceedRefused("why")),
+        (codec.decode_node_control, SuccessorEnded(7, "how")),
+        (codec.decode_coordinator_control, Succeed("a", 1, 0, 1 << 40, "key", 5)),
         (codec.decode_coordinator_control, Beat(7)),
     ],
 )

@@ -14,7 +14,7 @@ Policy = Literal["completion", "resource", "task", "latency", "round-robin"]
 
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 
-PROTOCOL = 8
+PROTOCOL = 9
 """The version of the protocol. Both ends must have the same one; the coordinator refuses a node of another version.
 
 The fields of :class:`Hello` and the first field of :class:`Stop` are the same in all versions, so that a refusal can be
@@ -146,6 +146,25 @@ class Leaving(Message, tag="leaving", frozen=True):
     """The node was told to end. It asks for no further requests, and finishes those it has."""
 
 
+class Succeeded(Message, tag="succeeded", frozen=True):
+    """Reply to :class:`Succeed`: the node has started its successor, which is this process."""
+
+    pid: Amount
+
+
+class SucceedRefused(Message, tag="succeed-refused", frozen=True):
+    """Reply to :class:`Succeed`: the node cannot start a successor, for this reason, and serves on."""
+
+    reason: str
+
+
+class SuccessorEnded(Message, tag="successor-ended", frozen=True):
+    """The successor that a node has started has ended while the node still serves; ``story`` says how."""
+
+    pid: Amount
+    story: str
+
+
 class Assign(Message, tag="assign", frozen=True):
     """The stage that a node is to execute, and how.
 
@@ -225,6 +244,28 @@ class Beat(Message, tag="beat", frozen=True):
     kept: Annotated[tuple[Amount, ...], msgspec.Meta(max_length=MOST_SLOTS)] = ()
 
 
+class Succeed(Message, tag="succeed", frozen=True):
+    """The node is to start another process of itself for the next plan, and to serve on meanwhile.
+
+    The answer is :class:`Succeeded` or :class:`SucceedRefused`.
+
+    Attributes:
+        address: control address of the coordinator of the next plan.
+        stage: the stage that the successor asks for there.
+        replica: the replica that it asks to be.
+        needed_bytes: memory that must be free for it.
+        key: public key of that coordinator; empty where links are not encrypted.
+        background_ns: how long the successor loads at idle priority at most; 0 for not at all.
+    """
+
+    address: str
+    stage: Index
+    replica: Index
+    needed_bytes: Bytes
+    key: str
+    background_ns: Nanoseconds = 0
+
+
 Fate = Literal["end", "rejoin", "refused"]
 """What a node does when it receives :class:`Stop`.
 
@@ -247,5 +288,5 @@ def refusal(reason: str) -> bytes:
     return msgspec.msgpack.encode(["stop", reason])
 
 
-NodeControl = Hello | Ready | Refused | NodeBeat | Leaving
-CoordinatorControl = Assign | Trust | Wire | Share | Cancel | Beat | Stop
+NodeControl = Hello | Ready | Refused | NodeBeat | Leaving | Succeeded | SucceedRefused | SuccessorEnded
+CoordinatorControl = Assign | Trust | Wire | Share | Cancel | Beat | Succeed | Stop
