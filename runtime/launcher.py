@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from onnxsplit.plan import Plan
 from runtime.wire.security import Security
 
 PROCESS_BYTES = 256 << 20
@@ -79,6 +80,23 @@ class Launcher(Protocol):
             stage: the stage that the node is to execute.
             replica: which replica of it.
             number: the node's number, which no other process of the pipeline has or had.
+        """
+        ...
+
+    def beside(self, plan: Plan, *, replicas: tuple[int, ...] | None = None, background_s: float = 0.0) -> Launcher:
+        """A new launcher of the same kind, for the nodes of another plan of the same model, beside those of this one.
+
+        A launcher without this method cannot take part in a change of the plan while it serves.
+
+        Args:
+            plan: the other plan.
+            replicas: the number of nodes of every stage; the plan's when None.
+            background_s: how long the first node of each slot loads at idle priority at most; 0 for not at all. See
+                :mod:`runtime.background`.
+
+        Raises:
+            LaunchFailed: there is no room for them.
+            CustomOpsError: the plan needs a library of custom ops that was not given to this launcher.
         """
         ...
 

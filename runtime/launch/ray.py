@@ -49,6 +49,7 @@ class RayLauncher:
         memory_bytes: the largest size of a node's outputs in shared memory at once; 0 for no shared memory.
         custom_ops: libraries of custom ops that nodes may load: ``onnxruntime-extensions``, or paths that are valid on
             every host. They are passed only to nodes of stages that need some.
+        background_s: how long the first node of each slot loads at idle priority at most; 0 for not at all.
 
     Attributes:
         folder: a private folder on this host.
@@ -68,13 +69,17 @@ class RayLauncher:
         replicas: tuple[int, ...] | None = None,
         memory_bytes: int = 1 << 30,
         custom_ops: object = (),
+        background_s: float = 0.0,
     ) -> None:
         if placement not in PLACEMENTS:
             raise InputError(f"placement {placement!r} is unknown; allowed: {', '.join(PLACEMENTS)}")
         self._ray = import_ray()
         self._plan = plan
         self._memory_bytes = memory_bytes
-        self._custom_ops = {stage.index: named(custom_ops) for stage in plan.stages if stage.custom_ops}
+        self._placement = placement
+        self._given_ops = named(custom_ops)
+        self._background_s = background_s
+        self._custom_ops = {stage.index: self._given_ops for stage in plan.stages if stage.custom_ops}
         self._pair = new_key_pair()
         self._allowed: set[str] = set()
         self._lock = threading.Lock()
@@ -104,6 +109,17 @@ class RayLauncher:
     def start(self, *, connect: str, stage: int, replica: int, number: int) -> RayHandle:
         """Start one node in the background; the handle tells whether it has ended."""
         return RayHandle(self, connect, (stage, replica), number)
+
+    def beside(self, plan: Plan, *, replicas: tuple[int, ...] | None = None, background_s: float = 0.0) -> RayLauncher:
+        """A launcher with a second placement group, which holds the other plan's resources beside those of this one."""
+        return RayLauncher(
+            plan,
+            placement=self._placement,
+            replicas=replicas,
+            memory_bytes=self._memory_bytes,
+            custom_ops=self._given_ops,
+            background_s=background_s,
+        )
 
     def profile(self, stage: int, replica: int) -> list[dict[str, Any]]:  # noqa: ARG002
         """Always empty: profiles stay on the hosts of the nodes."""
@@ -141,7 +157,8 @@ class RayLauncher:
             self._ray.util.remove_placement_group(group)
             raise LaunchFailed(
                 f"the Ray cluster has no room for {len(bundles)} nodes as {placement}: they need {_listed(bundles)}; "
-                f"it has {_listed([node['Resources'] for node in nodes])}. Add hosts, or ask for less"
+                f"it has {_listed([node['Resources'] for node in nodes])}, of which "
+                f"{_listed([self._ray.available_resources()])} are free. Add hosts, or ask for less"
             )
         return group
 
@@ -192,7 +209,9 @@ class RayLauncher:
             options["scheduling_strategy"] = strategies.PlacementGroupSchedulingStrategy(
                 placement_group=self._group, placement_group_bundle_index=self._slots.index(slot)
             )
-        return self._ray.remote(NodeActor).options(**options).remote(self._memory_bytes, self._custom_ops)
+        background_s = self._background_s if slot not in self._avoided else 0.0  # a lost node is missed
+        actor = self._ray.remote(NodeActor).options(**options)
+        return actor.remote(self._memory_bytes, self._custom_ops, background_s)
 
     def begin(self, actor: Any, slot: ReplicaKey) -> str:
         """Wait for an actor to start and to make its keys, and allow them.

@@ -18,10 +18,11 @@ class NodeActor:
     Args:
         memory_bytes: the largest size of the node's outputs in shared memory at once.
         custom_ops: for each stage, the libraries of custom ops that its nodes may load.
+        background_s: how long the first process loads at idle priority at most; 0 for not at all.
     """
 
-    def __init__(self, memory_bytes: int, custom_ops: Mapping[int, Sequence[str]]) -> None:
-        self._launcher = LocalLauncher(memory_bytes=memory_bytes, custom_ops=custom_ops)
+    def __init__(self, memory_bytes: int, custom_ops: Mapping[int, Sequence[str]], background_s: float = 0.0) -> None:
+        self._launcher = LocalLauncher(memory_bytes=memory_bytes, custom_ops=custom_ops, background_s=background_s)
         self._held = hold(self._launcher.folder)  # lets other processes remove it when this actor is killed
         self._keys = self._launcher.folder / "keys"
         self._public = ""

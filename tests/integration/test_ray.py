@@ -102,6 +102,21 @@ def planned_for(plan, *hosts: str):
     return msgspec.structs.replace(loaded, stages=tuple(stages))
 
 
+def test_a_launcher_beside_another_has_what_the_first_leaves_free_and_says_so_if_that_is_too_little(
+    plan, cluster, tmp_path, monkeypatch
+):
+    partition(build.save(build.chain(8), tmp_path), stages=1, out=tmp_path / "m.plan", costs="analytic")
+    monkeypatch.setattr("runtime.launch.ray._GROUP_S", 3.0)
+    launcher = RayLauncher(load_plan(plan))
+    with Pipeline.launch(plan, launcher=launcher) as old:
+        with pytest.raises(LaunchFailed, match=r"no room for 3 nodes as spread: .*, of which .* are free"):
+            launcher.beside(load_plan(plan))
+        beside = launcher.beside(load_plan(tmp_path / "m.plan"), background_s=5.0)
+        with Pipeline.launch(tmp_path / "m.plan", launcher=beside) as new:
+            assert np.allclose(new.run(X)["y"], old.run(X)["y"], atol=1e-5)
+            assert set(hosts(new)).isdisjoint(hosts(old))
+
+
 def test_nodes_go_where_the_plan_has_them(plan, wanted, cluster):
     left = sorted(set(range(5)) - cluster.killed)
     there = [f"h{number}" for number in (left[2], left[0], left[1])]
