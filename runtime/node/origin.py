@@ -5,7 +5,8 @@ successors. So there are two processes after any number of changes of the plan: 
 that serves. :mod:`runtime.node.successors` is the side of the first one.
 
 A successor's standard input is one end of a socket pair. Over it the successor reports its phase and asks for a
-successor of its own. When it is closed, the first process has ended, and the successor ends too.
+successor of its own, and the first process tells it to end. When it is closed, the first process has ended, and the
+successor ends too. A successor ignores signals: supervisors send them to the first process, and some to both.
 """
 
 from __future__ import annotations
@@ -25,12 +26,15 @@ import msgspec
 from runtime.errors import ProtocolError
 from runtime.wire import codec
 from runtime.wire.messages.base import Message
-from runtime.wire.messages.control import NodeControl, Succeed, SucceedRefused
+from runtime.wire.messages.control import NodeControl, Succeed, Succeeded, SucceedRefused, SuccessorEnded
 
 LOST = 75
 """Exit code of a successor that has lost its place or its coordinator. The first process then asks for a place."""
 
 _PACKET_BYTES = 64 << 10
+
+Told = Callable[[str], None]
+"""Asks the node to finish its work and to end; told by whom. The second time it ends soon. Thread-safe."""
 
 Say = Callable[[NodeControl], None]
 """Sends a message to the coordinator. Thread-safe."""
@@ -42,11 +46,15 @@ class InPhase(Message, tag="phase", frozen=True):
     name: str
 
 
+class ToEnd(Message, tag="to-end", frozen=True):
+    """The successor is to finish its work and to end; the second time it is to end soon."""
+
+
 class Origin(Protocol):
     """What has started a node. The methods are called from any thread."""
 
-    def watch(self, home: Path) -> None:
-        """Begin to end this process when what has started it ends; ``home`` is removed then."""
+    def watch(self, home: Path, told: Told) -> None:
+        """Begin to end this process when what has started it ends; ``home`` is removed then. It may also be told."""
         ...
 
     def succeed(self, wish: Succeed, say: Say) -> None:
@@ -69,7 +77,7 @@ class Origin(Protocol):
 class Launched:
     """A node that a launcher has started. Standard input is its lifeline; the launcher starts its successor."""
 
-    def watch(self, home: Path) -> None:
+    def watch(self, home: Path, told: Told) -> None:  # noqa: ARG002  a launcher uses signals
         """Begin to end this process when standard input ends or the parent changes."""
         threading.Thread(target=_watch_lifeline, args=(home,), daemon=True).start()
 
@@ -95,9 +103,9 @@ class Predecessor:
         self._socket = socket.socket(fileno=0)
         self._say: Say | None = None
 
-    def watch(self, home: Path) -> None:
-        """Begin to end this process when the first one has ended, and to pass its answers on."""
-        threading.Thread(target=self._listen, args=(home,), daemon=True).start()
+    def watch(self, home: Path, told: Told) -> None:
+        """Begin to end this process when the first one has ended, and to pass on what that says."""
+        threading.Thread(target=self._listen, args=(home, told), daemon=True).start()
 
     def succeed(self, wish: Succeed, say: Say) -> None:
         """Ask the first process to start the successor."""
@@ -110,21 +118,27 @@ class Predecessor:
         send(self._socket, InPhase(phase))
 
     def signalled(self) -> None:
-        """Do nothing: the first process passes signals on, and not the reverse."""
+        """Do nothing: the first process has told it."""
 
     def outlive(self) -> bool:
         """Nobody needs it."""
         return False
 
-    def _listen(self, home: Path) -> None:
+    def _listen(self, home: Path, told: Told) -> None:
         while (packet := receive(self._socket)) is not None:
             with suppress(ProtocolError):  # this thread must live as long as the process does
-                message = codec.decode_node_control(packet)
-                if self._say is not None:
+                message = _decode_told(packet)
+                if isinstance(message, ToEnd):
+                    told("a signal, by its first process")
+                elif self._say is not None:
                     self._say(message)
         shutil.rmtree(home, ignore_errors=True)
         os._exit(0)
 
+
+_decode_told: Callable[[codec.Buffer], ToEnd | Succeeded | SucceedRefused | SuccessorEnded] = codec.header_decoder(
+    ToEnd | Succeeded | SucceedRefused | SuccessorEnded
+)
 
 decode_request: Callable[[codec.Buffer], Succeed | InPhase] = codec.header_decoder(Succeed | InPhase)
 """Decodes what a successor sends to the first process."""

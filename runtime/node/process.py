@@ -220,7 +220,7 @@ class NodeProcess:
             say(SucceedRefused(f"it is {self._machine.state.name.lower()}, and only a ready node can be succeeded"))
 
     def _asked_to_end(self, what: str) -> None:
-        """Handle a signal: finish the work within ``drain_s``; without work, or when it is repeated, end soon."""
+        """Told by a signal, say: finish the work within ``drain_s``; without work, or when it is repeated, end soon."""
         self._origin.signalled()
         if self._exit is not None:
             self.ended.set()
@@ -242,11 +242,11 @@ class NodeProcess:
         """Execute requests until an :class:`~runtime.node.events.Exit` effect; returns the process's exit code."""
         options = self._options
         for number in (signal.SIGTERM, signal.SIGINT):
-            if options.lifeline and number == signal.SIGINT:
-                signal.signal(number, signal.SIG_IGN)  # the launcher handles Ctrl-C in the terminal
+            if options.succeeds or (options.lifeline and number == signal.SIGINT):
+                signal.signal(number, signal.SIG_IGN)  # what has started it gets the signal, as of Ctrl-C
             else:
                 signal.signal(number, lambda number, _: self._asked_to_end(signal.Signals(number).name))
-        self._origin.watch(self._home)
+        self._origin.watch(self._home, self._asked_to_end)
         with Sockets(security=self._security) as sockets:
             shortcut = self._home / f"node-{os.getpid()}.fragments" if options.memory_bytes else None
             inlet = sockets.inlet(options.bind or self._default_address(), shortcut=shortcut)

@@ -22,20 +22,20 @@ import socket
 import subprocess
 import sys
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from onnxsplit.errors import OnnxsplitError
 from onnxsplit.memory import free_memory_bytes
-from onnxsplit.session import without_interrupts
 from runtime.background import hold_back
 from runtime.errors import ProtocolError
 from runtime.home import hold, private_folder
 from runtime.node.command_line import successor_of, why_no_successor, words_of
 from runtime.node.health import write_health
 from runtime.node.options import NodeOptions
-from runtime.node.origin import LOST, Say, decode_request, receive, send
+from runtime.node.origin import LOST, Say, ToEnd, Told, decode_request, receive, send
 from runtime.node.state import NodePhase
 from runtime.wire.addresses import reachable
 from runtime.wire.messages.control import Succeed, Succeeded, SucceedRefused, SuccessorEnded
@@ -97,7 +97,7 @@ class Successors:
 
     # The origin of the own node
 
-    def watch(self, home: Path) -> None:  # noqa: ARG002
+    def watch(self, home: Path, told: Told) -> None:  # noqa: ARG002
         """Note that the process runs a node itself from now on."""
         with self._changed:
             self._own_runs, self._lost, self._code = True, False, 0
@@ -119,7 +119,7 @@ class Successors:
             timer.start()
         self.asked.set()
         for successor in list(self._living):
-            successor.process.terminate()
+            send(successor.link, ToEnd())
 
     def outlive(self) -> bool:
         """Wait until no successor lives, because the own node cannot be ended without this process."""
@@ -174,8 +174,8 @@ class Successors:
             _log.warning("no successor for %s: %s", wish.address, error)
             say(SucceedRefused(str(error)))
             return
-        if self.asked.is_set():
-            successor.process.terminate()
+        if self.asked.is_set():  # it was not there when the others were told
+            send(successor.link, ToEnd())
         pid = successor.process.pid
         _log.info("started a successor, process %d, for stage %d at %s", pid, wish.stage, wish.address)
         say(Succeeded(pid))
@@ -199,7 +199,7 @@ class Successors:
                 background=wish.background_ns > 0,
             )  # fmt: skip
             command = [sys.executable, "-P", "-m", "runtime.node", *words_of(ahead)]
-            with theirs, without_interrupts():  # Ctrl-C reaches it through this process
+            with theirs, _signals_blocked():
                 process = subprocess.Popen(command, stdin=theirs.fileno())
         except BaseException:
             ours.close()
@@ -279,6 +279,16 @@ class Successors:
             self._lost = code != 0
         else:
             self._lost |= code == LOST
+
+
+@contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Processes that this thread starts never get the signals that ask for their end, not even before they run."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _give_memory_back() -> None:

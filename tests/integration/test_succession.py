@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -315,12 +314,16 @@ def test_a_killed_successor_ends_the_first_process_whose_supervisor_starts_it_ag
         assert pipeline.nodes[0].pid == again.process.pid
 
 
-def test_a_signal_reaches_the_successor_which_finishes_its_work(plans, ipc, start, following):
+@pytest.mark.parametrize("to_all", [False, True], ids=["to the first", "to all, as systemd does"])
+def test_a_signal_reaches_the_successor_which_finishes_its_work(plans, ipc, start, following, to_all):
     node = start(ipc)
     with change(listen(plans[0], ipc), following, plans[1], ipc) as pipeline:
         wait_until(lambda: "waiting for its successor" in node.said)
+        if to_all:
+            node.successors[0].terminate()
         node.process.terminate()
         assert node.exit_code() == 0
+        assert "again" not in node.said
         start(ipc)
         assert answers(pipeline, plans[1])
         assert not pipeline.incidents
@@ -343,21 +346,13 @@ def test_a_signal_while_the_successor_loads_ends_both(plans, ipc, start, followi
         assert not old.incidents
 
 
-def signals_of(pid: int, kind: str) -> str:
-    """A field of a process's status, in hexadecimal."""
-    return re.search(rf"{kind}:\s*([0-9a-f]+)", Path(f"/proc/{pid}/status").read_text())[1]
-
-
 def test_a_second_signal_ends_a_successor_that_has_not_finished(plans, ipc, start, following):
     node = start(ipc)
     with change(listen(plans[0], ipc), following, plans[1], ipc):
         (successor,) = node.successors
         wait_until(lambda: "waiting for its successor" in node.said)
         successor.suspend()  # it cannot finish its work
-        node.process.terminate()
-        wait_until(lambda: int(signals_of(node.process.pid, "ShdPnd"), 16) == 0, "the first signal is seen")
-        node.process.terminate()
-        node.exit_code()
+        wait_until(lambda: node.process.terminate() or node.process.poll() is not None, every_s=0.5)
         assert not running([successor.pid])
 
 
@@ -375,6 +370,37 @@ def test_successors_that_lose_their_coordinator_end_and_their_first_process_asks
     assert pipeline.nodes[0].pid == node.process.pid
     assert not running([successor.pid])
     pipeline.close()
+    assert node.exit_code() == 0
+
+
+def test_a_successor_that_reaches_no_coordinator_ends_and_the_node_serves_on(plans, ipc, start, tmp_path, patched):
+    patched("import runtime.node.serve as s; s._SUCCESSOR_PATIENCE_S = 1.0")
+    node = start(ipc)
+    with listen(plans[0], ipc) as old:
+        old._coordinator.succeed(f"ipc://{tmp_path}/nobody", {(0, 0): ((0, 0), 0)}).result(60)
+        wait_until(lambda: old._coordinator.handover.lost_successors)
+        assert "ended with exit code 1" in old._coordinator.handover.lost_successors[0]
+        assert f"no coordinator answered at ipc://{tmp_path}/nobody for 1 s" in node.said
+        assert answers(old, plans[0])
+        assert not old.incidents
+    assert node.exit_code() == 0
+
+
+def test_a_first_process_that_loses_its_place_gets_it_back_when_the_change_is_given_up(
+    plans, ipc, start, following, slow
+):
+    node = start(ipc)
+    with listen(plans[0], ipc) as old:
+        slow.touch()
+        new = following(plans[1], ipc)
+        begin(old, new)
+        node.process.send_signal(signal.SIGSTOP)
+        wait_until(lambda: old.incidents)
+        node.process.send_signal(signal.SIGCONT)
+        wait_until(lambda: "waiting for its successor" in node.said)
+        new.close()
+        assert answers(old, plans[0])
+        assert old.nodes[0].pid == node.process.pid
     assert node.exit_code() == 0
 
 
