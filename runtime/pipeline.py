@@ -52,7 +52,7 @@ class Pipeline(PipelineControl):
         self._release_plan: Callable[[], object] = lambda: None
         try:
             first.wait()
-            self.address = first.address
+            self.address = door.address = first.address
             if self._rebalancer is not None:
                 self._rebalancer.start()
         except BaseException:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +53,7 @@ class PreparedPipeline:
         limits: the most requests in flight in this plan alone, and how many of them wake a caller that waits.
         plan_id: the plan's identity.
         launcher: starts the nodes; None for nodes that are started by hand.
+        bind: the address for nodes that are started by hand, as the caller gave it; None for others.
     """
 
     plan: Plan
@@ -64,14 +65,20 @@ class PreparedPipeline:
     limits: tuple[int, int]
     plan_id: str
     launcher: Launcher | None
+    bind: str | None
 
-    def wait(self) -> str:
+    def wait(self, begin: Callable[[], None] = lambda: None, abandoned: Callable[[], bool] | None = None) -> str:
         """Start the coordinator, and wait until all nodes are ready; returns the address to which they connect.
+
+        Args:
+            begin: is called when the coordinator has started.
+            abandoned: tells that the nodes are not wanted any more; that of the options when None.
 
         Raises:
             LaunchFailed, PipelineError: they did not become ready, or the launch was abandoned.
         """
-        ready, abandoned = self.coordinator.start(), self.options.abandoned
+        ready, abandoned = self.coordinator.start(), abandoned or self.options.abandoned
+        begin()
         while not wait((ready,), None if abandoned is None else _LOOK_S).done:
             if abandoned is not None and abandoned():
                 raise LaunchFailed("the launch was given up before all nodes were ready")
@@ -159,13 +166,15 @@ def wait_for_nodes(
             start_timeout_s=wanted.start_timeout,
             succeeds=succeeds,
         )
-        return _prepared(setup, wanted, memory_bytes, admission)
+        return _prepared(setup, wanted, memory_bytes, admission, bind)
     except BaseException:
         shutil.rmtree(rendezvous.home, ignore_errors=True)
         raise
 
 
-def _prepared(setup: Setup, options: RunOptions, memory_bytes: int, admission: Admission | None) -> PreparedPipeline:
+def _prepared(
+    setup: Setup, options: RunOptions, memory_bytes: int, admission: Admission | None, bind: str | None = None
+) -> PreparedPipeline:
     plan = setup.plan
     rows = batch_size(plan) if options.micro_batch is None else options.micro_batch
     enough = enough_inflight(plan, options.most_counts(plan), batches=max(1, rows // batch_size(plan)))
@@ -183,4 +192,5 @@ def _prepared(setup: Setup, options: RunOptions, memory_bytes: int, admission: A
         limits=(inflight, group),
         plan_id=setup.plan_id,
         launcher=setup.launcher,
+        bind=bind,
     )

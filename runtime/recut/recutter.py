@@ -16,7 +16,7 @@ from onnxsplit.errors import OnnxsplitError, PlanError, one_line
 from onnxsplit.plan_files import load_plan, plan_id
 from runtime.errors import LaunchFailed, PipelineClosed, PipelineError, RecutFailed, RecutRefused
 from runtime.logs import log_event
-from runtime.recut.beside import prepare_beside
+from runtime.recut.beside import PlanBeside, take_over
 from runtime.recut.door import Door
 from runtime.recut.gain import verdict
 from runtime.recut.phases import TRANSITIONS, RecutChange, RecutPhase
@@ -208,12 +208,12 @@ class Recutter:
         if (problem := why_another_model(old.plan, plan)) is not None:
             raise RecutRefused(f"{folder} is a plan of another model: {problem}")
         with change.timed("loading"), RequestSamples(old) as samples:
-            new = prepare_beside(old, folder, plan, self._door.admission, stopped)
-            change.new = new
+            beside = PlanBeside(old, folder, plan, self._door.admission, stopped)
+            change.new = new = beside.running
             if not self._door.add(new):
                 raise PipelineClosed("the pipeline was closed")
             log_event(_log, logging.INFO, "loading a plan", folder=folder, stages=len(plan.stages))
-            new.wait()
+            beside.start()
         self._remove_plan[new] = change.remove_plan
         machine.go(RecutChange.READY)
         with change.timed("warming"):
@@ -272,6 +272,10 @@ class Recutter:
             self._machine.go(RecutChange.ROLL_BACK)
             return change.result(kept=False, why=proof.why)
         self._door.remove(change.old)
+        try:
+            take_over(new, self._door.address)
+        except PipelineError as error:
+            log_event(_log, logging.WARNING, "further nodes cannot join", why=error)
         if (remove := self._remove_plan.pop(change.old, None)) is not None:
             remove()
         self._machine.go(RecutChange.KEEP)

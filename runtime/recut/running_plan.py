@@ -27,6 +27,7 @@ class RunningPlan:
         options: how it is run.
         limits: the most requests in flight in it, and how many of them wake a caller that waits.
         launcher: starts its nodes; None for nodes that are started by hand.
+        bind: the address for nodes that are started by hand, as the caller gave it.
         coordinator: runs its nodes.
         entrance: checks and admits its requests.
         generator: starts its generations of tokens.
@@ -42,6 +43,7 @@ class RunningPlan:
         self.options = prepared.options
         self.limits = prepared.limits
         self.launcher = prepared.launcher
+        self.bind = prepared.bind
         self.coordinator = prepared.coordinator
         self.entrance = prepared.entrance
         self.generator = Generator(prepared.coordinator, prepared.plan, prepared.entrance.check_open)
@@ -49,9 +51,9 @@ class RunningPlan:
         self.leases: WeakSet[object] = WeakSet()
         self._prepared = prepared
 
-    def wait(self) -> None:
-        """Start the coordinator, and wait until all nodes are ready; raises as :meth:`.PreparedPipeline.wait`."""
-        self.address = self._prepared.wait()
+    def wait(self, begin: Callable[[], None] = lambda: None, abandoned: Callable[[], bool] | None = None) -> None:
+        """Start the coordinator, and wait until all nodes are ready; as :meth:`.PreparedPipeline.wait`."""
+        self.address = self._prepared.wait(begin, abandoned)
 
     @property
     def is_idle(self) -> bool:
