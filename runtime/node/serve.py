@@ -81,8 +81,7 @@ def _serve_by_hand(options: NodeOptions, keys: Keys | None, successors: Successo
         del node  # while this process waits for successors, it needs neither session nor weights
         outlived = successors.wait(lost=rejoins)
         if outlived is not None and not was_told:
-            code, rejoins = outlived
-            had_place = True
+            code, rejoins, had_place = outlived.code, outlived.lost, True
         if successors.asked.is_set() or not rejoins:
             return code
         if options.health is not None:

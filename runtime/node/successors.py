@@ -71,6 +71,31 @@ class _Successor:
     served: bool = False
 
 
+@dataclass
+class Outcome:
+    """How the first process goes on when its own node and all successors have ended.
+
+    Attributes:
+        lost: whether it asks for a place at its original address.
+        code: the exit code with which it ends otherwise.
+    """
+
+    lost: bool = False
+    code: int = 0
+
+    def note(self, code: int, *, is_last: bool) -> None:
+        """Note the end of the successor that was to serve.
+
+        If it ends otherwise than it was told, and another one lives, then its place is lost: that one may be given up.
+
+        Args:
+            code: its exit code; -N if signal N has killed it.
+            is_last: whether no other one lives.
+        """
+        self.code = code if code >= 0 else 128 - code
+        self.lost = self.lost or code == LOST if is_last else code != 0
+
+
 class Successors:
     """The origin of a node that was started by hand, see :class:`~runtime.node.origin.Origin`. Thread-safe.
 
@@ -90,8 +115,7 @@ class Successors:
         self._living: list[_Successor] = []  # oldest first
         self._count = 0
         self._own_runs = True
-        self._lost = False
-        self._code = 0
+        self._outcome = Outcome()
         self._changed = threading.Condition()
         self.asked = threading.Event()
 
@@ -100,7 +124,7 @@ class Successors:
     def watch(self, home: Path, told: Told) -> None:  # noqa: ARG002
         """Note that the process runs a node itself from now on."""
         with self._changed:
-            self._own_runs, self._lost, self._code = True, False, 0
+            self._own_runs = True
 
     def succeed(self, wish: Succeed, say: Say) -> None:
         """Start a successor of the own node."""
@@ -132,27 +156,26 @@ class Successors:
 
     # The time after the own node
 
-    def wait(self, *, lost: bool) -> tuple[int, bool] | None:
+    def wait(self, *, lost: bool) -> Outcome | None:
         """Wait until no successor lives; called when the own node has ended and its memory is not needed any more.
 
         Args:
             lost: whether the own node has lost its place or its coordinator.
 
         Returns:
-            None if no successor has outlived the own node. Otherwise the exit code of the last one, and whether this
-            process is to ask for a place again.
+            None if no successor has outlived the own node.
         """
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self.signalled())  # the handlers of the node refer to it
         with self._changed:
-            self._own_runs, self._lost = False, lost
+            self._own_runs, self._outcome = False, Outcome(lost)
             if not self._living:
                 return None
             _log.info("waiting for its successor, process %d", self._living[-1].process.pid)
         _give_memory_back()
         with self._changed:
             self._changed.wait_for(lambda: not self._living)
-            return self._code, self._lost
+            return self._outcome
 
     def close(self) -> None:
         """Kill the successors that live."""
@@ -265,20 +288,12 @@ class Successors:
             successor.say(SuccessorEnded(successor.process.pid, how))
 
     def _note_end(self, successor: _Successor, code: int) -> None:
-        """Note how a successor has ended, unless it is a draft: then the one that it should have succeeded serves on.
-
-        A place is lost when its owner ends otherwise than it was told, while another successor lives that may yet be
-        given up.
-        """
+        """Note how a successor has ended, unless it is a draft: then the one before it serves on."""
         index = self._living.index(successor)
         self._living.remove(successor)
-        if self._own_runs or index > 0 or (self.asked.is_set() and not successor.served):
-            return
-        self._code = code if code >= 0 else 128 - code
-        if self._living:
-            self._lost = code != 0
-        else:
-            self._lost |= code == LOST
+        was_told = self.asked.is_set() and not successor.served
+        if not self._own_runs and index == 0 and not was_told:
+            self._outcome.note(code, is_last=not self._living)
 
 
 @contextmanager

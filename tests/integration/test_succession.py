@@ -22,6 +22,7 @@ from onnxsplit.plan_files import load_plan
 from onnxsplit.planning.planner import partition
 from onnxsplit.stages.verify import run_stages
 from runtime import Pipeline
+from runtime.background import may_return
 from runtime.errors import LaunchFailed, PipelineClosed, PipelineError
 from runtime.home import sweep
 from runtime.launching import beside
@@ -500,6 +501,32 @@ def test_a_node_that_is_not_ready_is_refused_at_once(plans, ipc, start, followin
         with pytest.raises(LaunchFailed, match=r"stage 7 \(node 7.0\) is not there"):
             old._coordinator.succeed(new.address, {(7, 0): ((0, 0), 0)}).result(60)
         start(ipc)
+
+
+def priorities(process: psutil.Process) -> set[int]:
+    return {os.sched_getscheduler(thread.id) for thread in process.threads()}
+
+
+@pytest.mark.skipif(not may_return(), reason="this user may not leave idle priority again")
+@pytest.mark.parametrize("deadline_s", [3600, 1])
+def test_a_successor_loads_at_idle_priority_until_it_is_ready_or_the_time_is_over(
+    plans, ipc, start, following, slow, deadline_s
+):
+    node = start(ipc)
+    with listen(plans[0], ipc) as old:
+        slow.touch()
+        new = following(plans[1], ipc)
+        places = {(0, 0): ((0, 0), 0)}
+        old._coordinator.succeed(new.address, places, background_s=deadline_s).result(60)
+        (successor,) = node.successors
+        if deadline_s == 1:
+            wait_until(lambda: priorities(successor) == {os.SCHED_OTHER})
+        wait_until(lambda: new.prepared.coordinator.nodes()[0].state == "loading")
+        assert priorities(successor) == {os.SCHED_OTHER if deadline_s == 1 else os.SCHED_IDLE}
+        slow.unlink()
+        assert answers(new.ready(), plans[1])
+        assert priorities(successor) == {os.SCHED_OTHER}
+        assert priorities(psutil.Process(node.process.pid)) == {os.SCHED_OTHER}
 
 
 def test_two_requests_at_once_get_one_successor(plans, ipc, start, following, slow):

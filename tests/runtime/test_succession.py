@@ -29,6 +29,8 @@ from runtime.launch.local import LocalLauncher
 from runtime.launching import beside
 from runtime.node.command_line import options_of, successor_of, why_no_successor, words_of
 from runtime.node.options import NodeOptions
+from runtime.node.origin import LOST
+from runtime.node.successors import Outcome
 from runtime.timings import Timings
 from runtime.wire import codec
 from runtime.wire.messages.control import PROTOCOL, Hello, Succeed, Succeeded, SucceedRefused, SuccessorEnded
@@ -80,6 +82,32 @@ def test_libraries_of_custom_ops_are_passed_on(tmp_path):
     assert options_of(words_of(found)) == found
     with pytest.raises(CustomOpsError):
         options_of(words_of(replace(found, custom_ops=(Library("no", "/no", "0"),))))
+
+
+@pytest.mark.parametrize(
+    ("own_lost", "codes", "lost", "code"),
+    [
+        (False, [0], False, 0),
+        (False, [0, 0, 0], False, 0),
+        (False, [1], False, 1),
+        (False, [-9], False, 137),
+        (False, [0, -9], False, 137),
+        (False, [LOST], True, LOST),
+        (False, [0, LOST], True, LOST),
+        (True, [0], True, 0),
+        (False, [LOST, 0], True, 0),
+        (False, [-9, 0], True, 0),
+        (False, [-9, 0, 0], False, 0),
+    ],
+)
+def test_the_first_process_asks_again_if_a_place_was_lost_and_else_ends_as_the_last_successor(
+    own_lost, codes, lost, code
+):
+    """The successors live all at once, and end one after the other."""
+    outcome = Outcome(own_lost)
+    for number, one in enumerate(codes, 1):
+        outcome.note(one, is_last=number == len(codes))
+    assert (outcome.lost, outcome.code) == (lost, code)
 
 
 @pytest.mark.parametrize(
