@@ -50,7 +50,7 @@ class ToEnd(Message, tag="to-end", frozen=True):
     """The successor is to finish its work and to end; the second time it is to end soon."""
 
 
-class Origin(Protocol):
+class NodeOrigin(Protocol):
     """What has started a node. The methods are called from any thread."""
 
     def watch(self, home: Path, told: Told) -> None:

@@ -51,7 +51,7 @@ from runtime.node.events import (
     Turn,
 )
 from runtime.node.options import NodeOptions
-from runtime.node.origin import LOST, Origin, Say
+from runtime.node.origin import LOST, NodeOrigin, Say
 from runtime.node.state import NodePhase, NodeState
 from runtime.node.worker import Worker
 from runtime.wire.addresses import own_address, reachable
@@ -103,7 +103,7 @@ class NodeProcess:
         options: NodeOptions,
         home: Path,
         keys: Keys | None,
-        origin: Origin,
+        origin: NodeOrigin,
         patience_s: float | None = None,
         *,
         asked_before: bool = False,

@@ -97,7 +97,7 @@ class Outcome:
 
 
 class Successors:
-    """The origin of a node that was started by hand, see :class:`~runtime.node.origin.Origin`. Thread-safe.
+    """The origin of a node that was started by hand, see :class:`~runtime.node.origin.NodeOrigin`. Thread-safe.
 
     Args:
         options: the options of the process.

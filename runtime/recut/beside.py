@@ -89,8 +89,9 @@ class PlanBeside:
         try:
             new.wait(succeed, lambda: self._stopped() or bool(coordinator.handover.lost_successors))
         except LaunchFailed as error:
-            lost = coordinator.handover.lost_successors
-            raise LaunchFailed(lost[0]) from error if lost else error
+            if lost := coordinator.handover.lost_successors:
+                raise LaunchFailed(lost[0]) from error
+            raise
 
     def _launched(self, folder: Path, admission: Admission) -> PreparedPipeline:
         launcher = self._old.launcher

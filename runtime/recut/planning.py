@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnxsplit.errors import one_line
-from onnxsplit.file_cache import LockedCache, cache_folder
 from onnxsplit.session import quiet_environment, without_interrupts
 from runtime.errors import RecutFailed
 from runtime.recut.gain import StageTimes
+from runtime.recut.plan_folder import PlanFolder
 
 if TYPE_CHECKING:
     from onnxsplit.planning.replan import StageTime
@@ -77,55 +77,14 @@ def replan(
     Raises:
         RecutFailed: no plan could be made; says why.
     """
-    cache = LockedCache(cache_folder("recuts"))
     job = {
         "plan": str(folder.resolve()),
         "speeds": dict(speeds),
         "stage_times_ns": None if stage_times_ns is None else list(stage_times_ns),
     }
     answer: dict[str, Any] = {}
-
-    def make(draft: Path) -> None:
-        answer.update(_run({**job, "out": str(draft / "new.plan")}, stopped))
-
-    key = f"{os.getpid()}-{next(tempfile._get_candidate_names())}"  # type: ignore[attr-defined]
-    try:
-        entry = cache.obtain(key, make)
-        cache.evict(unused_s=0.0, keep=key)  # what killed processes have left
-    except OSError as error:
-        cache.close()
-        raise RecutFailed(
-            f"the new plan cannot be kept in {cache.folder}: {error}. Free some space, or set XDG_CACHE_HOME to "
-            "another folder"
-        ) from error
-    except BaseException:
-        cache.close()
-        _forget(cache.folder, key)
-        raise
-
-    def close() -> None:
-        with contextlib.suppress(OSError):
-            cache.discard(entry)
-        cache.close()
-        _forget(cache.folder, key)
-
-    plan = entry / "new.plan"
-    return Replan(
-        folder=plan if plan.is_dir() else None,
-        gain=answer["gain"],
-        old_ns=answer["old_ns"],
-        new_ns=answer["new_ns"],
-        old_stages=answer["old_stages"],
-        new_stages=answer["new_stages"],
-        seconds=answer["seconds"],
-        close=close,
-    )
-
-
-def _forget(folder: Path, key: str) -> None:
-    """Remove the files that are left of an entry."""
-    for suffix in (".lock", ".making"):
-        (folder / f"{key}{suffix}").unlink(missing_ok=True)
+    made = PlanFolder(lambda out: answer.update(_run({**job, "out": str(out)}, stopped)))
+    return Replan(folder=made.plan, close=made.close, **answer)
 
 
 def _run(job: Mapping[str, object], stopped: Callable[[], bool]) -> dict[str, Any]:
