@@ -13,7 +13,8 @@ from runtime.options import check_scale
 from runtime.pipeline_status import PipelineStatus
 from runtime.recut.door import Door
 from runtime.recut.rebalancer import Rebalancer
-from runtime.recut.recutter import PlanWish, Recutter
+from runtime.recut.change import PlanWish
+from runtime.recut.recutter import Recutter
 from runtime.recut.result import Recut
 
 _MOST_SPEED = 1e6

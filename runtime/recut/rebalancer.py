@@ -14,8 +14,9 @@ from runtime.options import Rebalance
 from runtime.recut.decision import CutNow, Rebalancing, RecutAdvice, RecutSettings, WantPlan
 from runtime.recut.door import Door
 from runtime.recut.gain import NewPlan
-from runtime.recut.planning import Replan, replan
-from runtime.recut.recutter import PlanWish, Recutter
+from runtime.recut.offline import Replan, replan
+from runtime.recut.change import PlanWish
+from runtime.recut.recutter import Recutter
 from runtime.recut.result import Recut
 from runtime.recut.watching import PlanWatch
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import threading
-import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from onnxsplit.errors import OnnxsplitError, PlanError, one_line
@@ -17,47 +17,23 @@ from onnxsplit.plan_files import load_plan, plan_id
 from runtime.errors import LaunchFailed, PipelineClosed, PipelineError, RecutFailed, RecutRefused
 from runtime.logs import log_event
 from runtime.recut.beside import PlanBeside, take_over
+from runtime.recut.change import Change, PlanWish
 from runtime.recut.door import Door
 from runtime.recut.gain import verdict
+from runtime.recut.offline import ComparedModels, replan
 from runtime.recut.phases import TRANSITIONS, RecutChange, RecutPhase
-from runtime.recut.planning import Replan, replan
-from runtime.recut.result import Recut, RecutSeconds
+from runtime.recut.result import Recut
 from runtime.recut.running_plan import RunningPlan
 from runtime.recut.same_model import why_another_model
 from runtime.recut.warming import AnswersDiffer, RequestSamples, compare
 from runtime.recut.watching import present_speeds, watched
-from runtime.recut.window import DriftSettings, Window
+from runtime.recut.window import DriftSettings
 from runtime.transition_table import Machine
 
 _log = logging.getLogger("runtime.recut")
 _SETTINGS = DriftSettings()
 _WATCH_S = 10.0  # the most seconds to look at what a plan does
 RESULTS = ("kept", "rolled_back", "no_gain", "refused", "failed")
-
-
-@dataclass(frozen=True)
-class PlanWish:
-    """A plan that a pipeline is to change to.
-
-    Attributes:
-        folder: the plan directory; None plans the model anew.
-        speeds: for a new plan: the speeds of devices, relative to when the present plan was made; None for those that
-            can be measured now.
-        stage_times_ns: for a new plan: times of the present stages at full speed; None for those of the present plan.
-        made: the plan, if it was planned anew already.
-        before: what the present plan did lately; None to look at it first.
-    """
-
-    folder: Path | None = None
-    speeds: Mapping[str, float] | None = None
-    stage_times_ns: Sequence[int] | None = None
-    made: Replan | None = None
-    before: Window | None = None
-
-    @property
-    def must_gain(self) -> bool:
-        """Whether the plan stays only if it is better: it was not given by the caller."""
-        return self.folder is None
 
 
 class Recutter:
@@ -132,7 +108,7 @@ class Recutter:
 
     def _change(self, wish: PlanWish, future: Future[Recut]) -> None:
         """Carry out a change, in its thread."""
-        change = _Change(wish, old=self._door.current)
+        change = Change(wish, old=self._door.current)
         try:
             recut = self._carried_out(change)
             result = "kept" if recut.kept else "rolled_back" if change.swapped else "no_gain"
@@ -147,7 +123,7 @@ class Recutter:
             log_event(_log, logging.WARNING, "plan not changed", why=error)
             future.set_exception(error)
 
-    def _given_up(self, change: _Change, problem: BaseException) -> PipelineError:
+    def _given_up(self, change: Change, problem: BaseException) -> PipelineError:
         """End what was begun, and go on with the old plan; returns the error for the caller."""
         try:
             self._drop(change)
@@ -168,7 +144,7 @@ class Recutter:
         failed.__cause__ = problem
         return failed
 
-    def _drop(self, change: _Change) -> None:
+    def _drop(self, change: Change) -> None:
         """End the new plan, if it was begun. Where it takes requests already, they are answered first."""
         new = change.new
         if new is not None and self._door.current is new:
@@ -188,7 +164,7 @@ class Recutter:
             call()
         return swapped
 
-    def _carried_out(self, change: _Change) -> Recut:
+    def _carried_out(self, change: Change) -> Recut:
         """Plan, load, compare, swap, drain and prove.
 
         Raises:
@@ -213,7 +189,8 @@ class Recutter:
             if not self._door.add(new):
                 raise PipelineClosed("the pipeline was closed")
             log_event(_log, logging.INFO, "loading a plan", folder=folder, stages=len(plan.stages))
-            beside.start()
+            with ComparedModels(old.folder, folder, stopped) if change.wish.folder is not None else nullcontext():
+                beside.start()
         self._remove_plan[new] = change.remove_plan
         machine.go(RecutChange.READY)
         with change.timed("warming"):
@@ -233,7 +210,7 @@ class Recutter:
         machine.go(RecutChange.DRAINED)
         return self._proven(change, new)
 
-    def _planned(self, change: _Change) -> Path | None:
+    def _planned(self, change: Change) -> Path | None:
         """The plan that was made, or that is made now; None where no plan is better."""
         wish, old, made = change.wish, change.old, change.wish.made
         if made is None:
@@ -252,7 +229,7 @@ class Recutter:
             self._machine.go(RecutChange.GAIN)
         return made.folder
 
-    def _proven(self, change: _Change, new: RunningPlan) -> Recut:
+    def _proven(self, change: Change, new: RunningPlan) -> Recut:
         """Keep the new plan, or go back to the old one, whose nodes have waited.
 
         Raises:
@@ -303,55 +280,3 @@ def end_dropped(stops: Sequence[Callable[[], None]], door: Door, name: str, owne
         ResourceWarning,
         stacklevel=2,
     )
-
-
-class _Change:
-    """What is known of one change so far.
-
-    Args:
-        wish: the plan that is wanted.
-        old: the plan that takes requests.
-    """
-
-    def __init__(self, wish: PlanWish, old: RunningPlan) -> None:
-        self.wish = wish
-        self.old = old
-        self.new: RunningPlan | None = None
-        self.new_id = old.plan_id
-        self.swapped = False
-        self.predicted_gain: float | None = None
-        self.measured_gain: float | None = None
-        self.before: Window | None = None
-        self.seconds = RecutSeconds()
-        self.remove_plan: Callable[[], None] = lambda: None
-
-    def timed(self, step: str) -> _Timed:
-        """Take the time of a step; a context manager."""
-        return _Timed(self, step)
-
-    def result(self, *, kept: bool, why: str) -> Recut:
-        """The result of the change."""
-        return Recut(
-            old=self.old.plan_id,
-            new=self.new_id,
-            kept=kept,
-            predicted_gain=self.predicted_gain,
-            measured_gain=self.measured_gain,
-            seconds=self.seconds,
-            why=why,
-        )
-
-
-class _Timed:
-    """Takes the time of a step of a change."""
-
-    def __init__(self, change: _Change, step: str) -> None:
-        self._change, self._step = change, step
-        self._begun = time.monotonic()
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        took = time.monotonic() - self._begun
-        self._change.seconds = replace(self._change.seconds, **{self._step: took})

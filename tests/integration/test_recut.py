@@ -144,7 +144,7 @@ def test_a_tensor_between_stages_can_be_asked_for_only_where_it_is_one(pipeline,
             RecutRefused,
             r"is a plan of another model: its 'x' is float32 \[batch, 16\], and this pipeline's is",
         ),
-        ("wrong", RecutFailed, "the present one serves on: the answers differ: output 'y' of the new plan is"),
+        ("wrong", RecutFailed, "is a plan of another model: the weight 'w2' has other values"),
     ],
 )
 def test_a_plan_with_other_answers_takes_no_request(pipeline, plans, name, error, what):

@@ -1,0 +1,158 @@
+"""Work of the offline half for a running pipeline, in processes of low priority, so that this one goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from onnxsplit.session import quiet_environment, without_interrupts
+from runtime.errors import RecutFailed
+from runtime.recut.gain import StageTimes
+from runtime.recut.plan_folder import PlanFolder
+
+_LOOK_S = 0.05
+_LOWEST_PRIORITY = 19
+_LAST_LINES = 5
+
+
+@dataclass(frozen=True)
+class Replan:
+    """A plan that was made anew.
+
+    Attributes:
+        folder: its directory; None where no plan is better than the present one.
+        gain: the throughput of the new plan over that of the present one, as predicted for the present speeds.
+        old_ns: the time between two requests with the present plan, as predicted for the present speeds.
+        new_ns: the same with the new plan.
+        old_stages: for each stage of the present plan, the device of each replica and the time of one run there at the
+            speed that the device had when the plan was made.
+        new_stages: the same for the new plan.
+        seconds: the time that planning took.
+        close: removes the directory.
+    """
+
+    folder: Path | None
+    gain: float
+    old_ns: int
+    new_ns: int
+    old_stages: StageTimes
+    new_stages: StageTimes
+    seconds: float
+    close: Callable[[], None]
+
+
+def replan(
+    folder: Path,
+    *,
+    speeds: Mapping[str, float],
+    stage_times_ns: Sequence[int] | None,
+    stopped: Callable[[], bool],
+) -> Replan:
+    """Plan the model of a plan anew; see :func:`onnxsplit.replan`.
+
+    Args:
+        folder: the plan directory.
+        speeds: the speeds of devices, relative to when the plan was made.
+        stage_times_ns: times of the plan's stages at full speed; None for those of the plan.
+        stopped: tells that the plan is not wanted any more.
+
+    Raises:
+        RecutFailed: no plan could be made; says why.
+    """
+    job = {
+        "plan": str(folder.resolve()),
+        "speeds": dict(speeds),
+        "stage_times_ns": None if stage_times_ns is None else list(stage_times_ns),
+    }
+    answer: dict[str, Any] = {}
+    made = PlanFolder(lambda out: answer.update(_run("replan", {**job, "out": str(out)}, stopped)))
+    return Replan(folder=made.plan, close=made.close, **answer)
+
+
+def why_not_same(one: Path, other: Path, stopped: Callable[[], bool]) -> str | None:
+    """How the models of two plans differ, in a few words; None if they are the same.
+
+    Raises:
+        RecutFailed: a plan cannot be read.
+    """
+    found: str | None = _run("compare", {"one": str(one.resolve()), "other": str(other.resolve())}, stopped)["why_not"]
+    return found
+
+
+class ComparedModels:
+    """Compares the models of two plans meanwhile; a context manager that raises RecutFailed if they differ.
+
+    Args:
+        one: a plan directory.
+        other: another plan directory.
+        stopped: tells that the comparison is not wanted any more.
+    """
+
+    def __init__(self, one: Path, other: Path, stopped: Callable[[], bool]) -> None:
+        self._folders, self._outside = (one, other), stopped
+        self._ended = False
+        self._compared: Future[str | None] = Future()
+        self._thread = threading.Thread(target=self._compare, name="recut-comparison", daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._ended = kind is not None
+        self._thread.join()
+        if kind is None and (differs := self._compared.result()) is not None:
+            raise RecutFailed(f"{self._folders[1]} is a plan of another model: {differs}")
+
+    def _compare(self) -> None:
+        try:
+            self._compared.set_result(why_not_same(*self._folders, lambda: self._ended or self._outside()))
+        except BaseException as error:
+            self._compared.set_exception(error)
+
+
+def _run(what: str, job: Mapping[str, object], stopped: Callable[[], bool]) -> dict[str, Any]:
+    """Do a job in a process of its own; returns what it has found."""
+    command = [sys.executable, "-P", "-m", "onnxsplit.planning.job", json.dumps({"what": what, **job})]
+    with tempfile.TemporaryFile() as log, tempfile.TemporaryFile() as answer, without_interrupts():
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=answer, stderr=log, env=quiet_environment())
+        try:
+            with contextlib.suppress(OSError):  # it has ended
+                os.setpriority(os.PRIO_PROCESS, process.pid, _LOWEST_PRIORITY)
+            _wait(process, stopped)
+        finally:
+            process.kill()
+            process.wait()
+            assert process.stdin is not None
+            process.stdin.close()
+        answer.seek(0)
+        log.seek(0)
+        said = answer.read()
+        if process.returncode == 0:
+            found: dict[str, Any] = json.loads(said)
+            return found
+        lines = log.read().decode(errors="replace").strip().splitlines()[-_LAST_LINES:]
+        raise RecutFailed(said.decode(errors="replace") or " ".join(lines) or f"the process for {what} was killed")
+
+
+def _wait(process: subprocess.Popen[bytes], stopped: Callable[[], bool]) -> None:
+    """Wait until a process ends.
+
+    Raises:
+        RecutFailed: its work is not wanted any more.
+    """
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_LOOK_S)
+            return
+        if stopped():
+            raise RecutFailed("the pipeline is closing")
