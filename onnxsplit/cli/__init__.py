@@ -24,6 +24,7 @@ _COMMANDS = {
         "partition": "Cut a model into balanced stages and write a plan.",
         "cluster": "Describe devices and links in a file, and measure them.",
         "place": "Move a plan's stages to other devices without a new cut.",
+        "replan": "Cut a plan's model again for devices whose speed has changed.",
         "verify": "Compare a plan's outputs with those of the whole model.",
         "merge": "Join the stages of a plan into one model again.",
     },
