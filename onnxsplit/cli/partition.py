@@ -16,6 +16,7 @@ from onnxsplit.cli.output import Output, make_command, milliseconds
 from onnxsplit.cli.values import NODES, SecondsParam, ShareParam, SizeParam, StageCountParam
 from onnxsplit.effort import EFFORT_NAMES
 from onnxsplit.numbers import MOST_ROUNDS
+from onnxsplit.plan_files import check_plan_folder
 
 if TYPE_CHECKING:
     from onnxsplit.planning.result import PlanningResult
@@ -208,7 +209,6 @@ def command(
     from onnxsplit.cli.providers import plan_lines
     from onnxsplit.files import check_outputs
     from onnxsplit.model.dominant_op import explain_dominant_op
-    from onnxsplit.plan_files import check_plan_folder
     from onnxsplit.planning import planner
     from onnxsplit.planning.options import CURRENT_NAMES, CutOptions, by_current_name
     from onnxsplit.timed import reused_workers

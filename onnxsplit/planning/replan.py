@@ -11,18 +11,19 @@ with the same costs on the same devices:
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from onnxsplit.errors import OnnxsplitError, PlanError, shown
+from onnxsplit.errors import PlanError, shown
 from onnxsplit.files import new_folder
 from onnxsplit.numbers import real_problem, whole_problem
 from onnxsplit.plan import PLAN_FILE, Plan
 from onnxsplit.plan_files import check_content, check_plan_folder, checked_json, parse_plan, plan_id, read_plan_file
 from onnxsplit.plan_target import PlanTarget
-from onnxsplit.planning.op_costs import load_costs
+from onnxsplit.planning.plan_builder import CandidateCut
 from onnxsplit.planning.replanning import Replanning
 from onnxsplit.progress import Say, silent
 
@@ -104,49 +105,64 @@ def replan(
     folder, out = Path(plan), Path(out)
     text = read_plan_file(folder)
     before = parse_plan(text, where=folder)
-    made_for = _target(folder, before)
-    given = _device_speeds(made_for, speeds or {})
+    given = _device_speeds(_target(folder, before), speeds or {})
     _check_numbers(before, stage_times_ns, least_gain)
-    check_plan_folder(out)
-    if out.resolve() == folder.resolve():
-        raise PlanError(f"the new plan cannot take the place of {folder}, which it is made from; give another -o DIR")
-    say("reading the plan")
-    with ThreadPoolExecutor(1) as beside:
-        content = beside.submit(check_content, folder, before)
-        try:
-            assert before.costs.ops is not None
-            work = Replanning(folder, before, load_costs(folder / before.costs.ops.name), given, stage_times_ns)
-            read = time.monotonic()
-            say("searching")
-            old, new = work.old_cut(), work.new_cut()
-            searched = time.monotonic()
-        except OnnxsplitError:
-            content.result()  # damage explains other errors
-            raise
-        content.result()
-    better = new.score.rank < old.score.rank
-    best = new if better else old
+    _check_out(out, folder)
+    with _compared(folder, before):
+        say("reading the plan")
+        work = Replanning(folder, before, given, stage_times_ns)
+        read = time.monotonic()
+        say("searching")
+        old, new = work.old_cut(), work.new_cut()
+        searched = time.monotonic()
+    better = new.score.feasible and new.score.value < old.score.value
     gain = old.score.value / max(1, new.score.value) if better else 1.0
-    result, target_folder = before, None
-    if better and gain >= 1 + least_gain / 100:
+    writes = better and gain >= 1 + least_gain / 100
+    if writes:
         say("writing the stages")
-        with new_folder(out) as draft:
-            result = work.written(new, draft, plan_id(text))
-            (draft / PLAN_FILE).write_bytes(checked_json(result))
-        target_folder = out
-    ended = time.monotonic()
+        after = _write(work, new, out, plan_id(text))
+    best = new if better else old
     return Replanned(
-        plan=result,
+        plan=after if writes else before,
         parent=plan_id(text),
-        folder=target_folder,
+        folder=out if writes else None,
         speeds=given,
         gain=gain,
         old_ns=old.score.value,
         new_ns=best.score.value,
-        old_stages=tuple(StageTime(*one) for one in work.times(old)),
-        new_stages=tuple(StageTime(*one) for one in work.times(best)),
-        seconds={"reading": read - began, "search": searched - read, "writing": ended - searched},
+        old_stages=_stage_times(work, old),
+        new_stages=_stage_times(work, best),
+        seconds={"reading": read - began, "search": searched - read, "writing": time.monotonic() - searched},
     )
+
+
+def _write(work: Replanning, cut: CandidateCut, out: Path, parent: str) -> Plan:
+    """Write the plan directory of a cut, as a whole or not at all."""
+    with new_folder(out) as draft:
+        plan = work.written(cut, draft, parent)
+        (draft / PLAN_FILE).write_bytes(checked_json(plan))
+    return plan
+
+
+def _stage_times(work: Replanning, cut: CandidateCut) -> tuple[StageTime, ...]:
+    return tuple(StageTime(*one) for one in work.times(cut))
+
+
+@contextmanager
+def _compared(folder: Path, plan: Plan) -> Iterator[None]:
+    """Compare the files with the plan while the ``with`` block runs. Damage comes before other errors.
+
+    Raises:
+        PlanError: a file is missing or was changed.
+    """
+    with ThreadPoolExecutor(1) as beside:
+        content = beside.submit(check_content, folder, plan)
+        try:
+            yield
+        except Exception:
+            content.result()
+            raise
+        content.result()
 
 
 def _target(folder: Path, plan: Plan) -> PlanTarget:
@@ -189,6 +205,12 @@ def _device_speeds(made_for: PlanTarget, speeds: Mapping[str, float]) -> dict[st
         if problem is not None:
             raise PlanError(problem)
     return {device.name: float(speeds.get(device.name, speeds.get(device.host, 1.0))) for device in made_for.devices}
+
+
+def _check_out(out: Path, folder: Path) -> None:
+    check_plan_folder(out)
+    if out.resolve() == folder.resolve():
+        raise PlanError(f"the new plan cannot take the place of {folder}, which it is made from; give another -o DIR")
 
 
 def _check_numbers(plan: Plan, stage_times_ns: Sequence[int] | None, least_gain: float) -> None:

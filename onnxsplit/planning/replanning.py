@@ -18,7 +18,7 @@ from onnxsplit.planning.border_forms import Narrowed
 from onnxsplit.planning.borders import as_chosen, narrowed_untried
 from onnxsplit.planning.from_plan import Carried, carried, carried_origin, with_times
 from onnxsplit.planning.model_partitioner import partitioner_for
-from onnxsplit.planning.op_costs import KnownCosts, save_costs, with_costs
+from onnxsplit.planning.op_costs import load_costs, save_costs, with_costs
 from onnxsplit.planning.place import reference_ns
 from onnxsplit.planning.plan_builder import CandidateCut, PlanBuilder, stage_file
 from onnxsplit.planning.subject import Subject
@@ -36,21 +36,17 @@ class Replanning:
     Args:
         folder: the plan directory.
         plan: the plan.
-        known: its costs.
         speeds: the relative speed of every device, by name.
         stage_times_ns: what each stage takes now, as for :func:`~onnxsplit.planning.replan.replan`.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        plan: Plan,
-        known: KnownCosts,
-        speeds: Mapping[str, float],
-        stage_times_ns: Sequence[int] | None,
+        self, folder: Path, plan: Plan, speeds: Mapping[str, float], stage_times_ns: Sequence[int] | None
     ) -> None:
         assert plan.target is not None
-        self._folder, self._plan, self._known = folder, plan, known
+        assert plan.costs.ops is not None
+        self._folder, self._plan = folder, plan
+        self._known = known = load_costs(folder / plan.costs.ops.name)
         self._model = carried(folder, plan, known)
         subject = self._model.subject
         self._op_ns = _scaled(self._model, plan, stage_times_ns)
