@@ -31,6 +31,12 @@ MOST_INFLIGHT = 1_000_000
 MOST_ATTEMPTS = 1_000_000
 """The largest number of attempts that a request can be given."""
 
+LEAST_SPEED, MOST_SPEED = 1e-6, 1e6
+"""The bounds of the speed of a device relative to before."""
+
+MOST_GAIN_PERCENT = 1e6
+"""The largest gain of a new cut that can be demanded, in percent."""
+
 
 def whole_problem(name: str, value: object, least: int, most: int) -> str | None:
     """Check a whole number, such as an ``int`` or an integer of NumPy; a ``bool`` is not one.

@@ -12,11 +12,11 @@ from onnxsplit.cli.help import RESULTS, option, path_option
 from onnxsplit.cli.model_options import PLAN
 from onnxsplit.cli.output import Output, make_command, milliseconds
 from onnxsplit.cli.values import NumberParam
+from onnxsplit.numbers import LEAST_SPEED, MOST_GAIN_PERCENT, MOST_SPEED
 
 if TYPE_CHECKING:
     from onnxsplit.planning.replan import Replanned, StageTime
 
-_MOST_SPEED, _MOST_GAIN = 1e9, 1e6  # as onnxsplit.planning.replan has them
 _MOST_MS = 1e9
 
 
@@ -29,7 +29,7 @@ def _speeds(context: click.Context, parameter: click.Parameter, values: tuple[st
             raise click.BadParameter(f"{text!r} is not NAME=SPEED", context, parameter)
         if name in speeds:
             raise click.BadParameter(f"{name!r} is given twice", context, parameter)
-        speeds[name] = NumberParam(0, _MOST_SPEED, min_open=True).convert(number, parameter, context)
+        speeds[name] = NumberParam(LEAST_SPEED, MOST_SPEED).convert(number, parameter, context)
     return speeds
 
 
@@ -59,7 +59,7 @@ def _times(context: click.Context, parameter: click.Parameter, value: str | None
 )
 @option(
     "--least-gain",
-    type=NumberParam(0, _MOST_GAIN),
+    type=NumberParam(0, MOST_GAIN_PERCENT),
     default=0.0,
     metavar="PERCENT",
     help="Write nothing if the new cut is not faster by this much.",

@@ -19,19 +19,13 @@ from pathlib import Path
 
 from onnxsplit.errors import PlanError, shown
 from onnxsplit.files import new_folder
-from onnxsplit.numbers import real_problem, whole_problem
+from onnxsplit.numbers import LEAST_SPEED, MOST_GAIN_PERCENT, MOST_SPEED, is_real, real_problem, whole_problem
 from onnxsplit.plan import PLAN_FILE, Plan
 from onnxsplit.plan_files import check_content, check_plan_folder, checked_json, parse_plan, plan_id, read_plan_file
 from onnxsplit.plan_target import PlanTarget
 from onnxsplit.planning.plan_builder import CandidateCut
 from onnxsplit.planning.replanning import Replanning
 from onnxsplit.progress import Say, silent
-
-MOST_SPEED = 1e9
-"""The largest speed of a device relative to before."""
-
-MOST_GAIN = 1e6
-"""The largest gain that can be demanded, in percent."""
 
 _MOST_NS = 2**53 - 1
 
@@ -201,9 +195,11 @@ def _device_speeds(made_for: PlanTarget, speeds: Mapping[str, float]) -> dict[st
                 f"speeds: {shown(name)} is neither a device nor a host of the plan. Devices: {', '.join(names)}; "
                 f"hosts: {', '.join(hosts)}"
             )
-        problem = real_problem(f"the speed of {shown(name)}", speed, MOST_SPEED)
-        if problem is not None:
-            raise PlanError(problem)
+        if not (is_real(speed) and LEAST_SPEED <= speed <= MOST_SPEED):
+            raise PlanError(
+                f"the speed of {shown(name)} must be a number from {LEAST_SPEED:g} to {MOST_SPEED:g}, not "
+                f"{shown(speed)}; 0.5 is half as fast as when the plan was made"
+            )
     return {device.name: float(speeds.get(device.name, speeds.get(device.host, 1.0))) for device in made_for.devices}
 
 
@@ -217,6 +213,6 @@ def _check_numbers(plan: Plan, stage_times_ns: Sequence[int] | None, least_gain:
     if stage_times_ns is not None and len(stage_times_ns) != len(plan.stages):
         raise PlanError(f"{len(stage_times_ns)} times were given for the {len(plan.stages)} stages of the plan")
     problems = [whole_problem("the time of a stage in ns", time_ns, 1, _MOST_NS) for time_ns in stage_times_ns or ()]
-    problems.append(real_problem("--least-gain", least_gain, MOST_GAIN, zero=True))
+    problems.append(real_problem("--least-gain", least_gain, MOST_GAIN_PERCENT, zero=True))
     if any(problems):
         raise PlanError("; ".join(problem for problem in problems if problem))

@@ -323,6 +323,13 @@ def test_custom_ops_stay_in_the_stages_that_need_them(tmp_path):
     assert is_the_model(found.folder, model, custom_ops=[EXTENSIONS])
 
 
+def test_a_model_without_ops_stays_as_it_is(tmp_path):
+    proto = build.model([], [build.value("x", ["batch"])], [build.value("x", ["batch"])])
+    _, plan = cut(proto, tmp_path)
+    found = again(plan, {"0": 0.5})
+    assert (found.gain, found.folder, found.old_stages) == (1.0, None, ())
+
+
 def changed(plan: Path, folder: Path, **changes) -> Path:
     """A copy of a plan with other fields."""
     shutil.copytree(plan, folder)
@@ -369,10 +376,10 @@ def test_a_damaged_plan_is_refused(chain, tmp_path, file, harm):
     ("arguments", "words"),
     [
         ({"speeds": {"2": 0.5}}, "'2' is neither a device nor a host of the plan. Devices: 0, 1; hosts: local"),
-        ({"speeds": {"0": 0}}, "the speed of '0' must be a number above 0"),
-        ({"speeds": {"0": -1.0}}, "must be a number above 0"),
-        ({"speeds": {"0": float("nan")}}, "must be a number above 0"),
-        ({"speeds": {"local": "fast"}}, "must be a number above 0"),
+        ({"speeds": {"0": 0}}, "the speed of '0' must be a number from 1e-06 to 1e\\+06, not 0;"),
+        ({"speeds": {"0": -1.0}}, "must be a number from 1e-06 to"),
+        ({"speeds": {"0": float("nan")}}, "must be a number from 1e-06 to"),
+        ({"speeds": {"local": "fast"}}, "must be a number from 1e-06 to"),
         ({"stage_times_ns": [1]}, "1 times were given for the 2 stages"),
         ({"stage_times_ns": [1, 0]}, "the time of a stage in ns must be a whole number"),
         ({"least_gain": -1}, "--least-gain must be a number of at least 0"),
