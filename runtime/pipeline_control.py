@@ -11,9 +11,9 @@ from onnxsplit.errors import InputError, shown
 from runtime.launching import plan_folder
 from runtime.options import check_scale
 from runtime.pipeline_status import PipelineStatus
+from runtime.recut.change import PlanWish
 from runtime.recut.door import Door
 from runtime.recut.rebalancer import Rebalancer
-from runtime.recut.change import PlanWish
 from runtime.recut.recutter import Recutter
 from runtime.recut.result import Recut
 

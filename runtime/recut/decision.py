@@ -5,7 +5,7 @@
                                                    `--- failed ---> STEADY
 
 In STEADY, every window is compared with the baseline. A *stay* is a time in which the speeds did not change by more
-than the noise. A drift is sighted when the speeds alone promise the least gain. When a second window of the same stay
+than the noise. A drift is in sight when the speeds alone promise the least gain. When a second window of the same stay
 confirms it, a plan is wanted, so that planning takes place while further windows come in. A re-cut needs all of this:
 
     gain          in each of three usable windows in a row, the plan gains at least 15 % at the speeds of that window
@@ -30,7 +30,7 @@ from functools import reduce
 
 from runtime.recut.gain import NewPlan, contradiction, possible_gain
 from runtime.recut.learning import Learning
-from runtime.recut.patience import Planning, Stays
+from runtime.recut.patience import Planning, Stays, are_alike
 from runtime.recut.window import DriftSettings, Window
 
 _SAME = 2.0  # speeds are the same if they differ by at most the noise times this: both were measured
@@ -81,7 +81,8 @@ class WantPlan:
 
     Attributes:
         speeds: the speed of every device, relative to the baseline of the running plan.
-        stage_times_ns: time of one run of each stage of the running plan in the baseline, for requests as they are now.
+        stage_times_ns: time of one run of each stage of the running plan in the baseline, on the device of its first
+            replica, for requests as they are now.
     """
 
     speeds: Mapping[str, float]
@@ -140,7 +141,10 @@ class _Seen:
 
 
 class Rebalancing:
-    """Decides about re-cuts. Call :meth:`look` about once per second; times are the host's monotonic clock.
+    """Decides about re-cuts. Call :meth:`look` about twice per second; times are the host's monotonic clock.
+
+    A plan that was swapped by someone else needs a new object. While a new plan loads, the windows are those of the
+    old one; after a swap or a roll-back, they begin with the first look at the plan that serves then.
 
     Attributes:
         phase: what is going on.
@@ -193,10 +197,7 @@ class Rebalancing:
 
     def present(self) -> WantPlan | None:
         """What a plan for the present speeds would be made for; None before the baseline is known."""
-        baseline = self._learning.baseline
-        if baseline is None or not self._row:
-            return None
-        return self._wanted([self._row[-1]])
+        return self._wanted([self._row[-1]]) if self._row else None
 
     def planned(self, candidate: NewPlan | None, now_ns: int) -> None:
         """The plan that was wanted was made; None if none gains anything, or planning failed."""
@@ -210,9 +211,9 @@ class Rebalancing:
         if during is not None and during.seconds and before.answered:
             rate = (during.answered / during.seconds) / (before.answered / before.seconds)
             self._dip = min(1.0, max(_LEAST_DIP, 1 - rate))
-        made = dict(self._learning.made)
-        for device, speed in self._recut.candidate.speeds.items():
-            made[device] = made.get(device, 1.0) * speed
+        made = {d: self._learning.made.get(d, 1.0) * speed for d, speed in self._recut.candidate.speeds.items()}
+        fastest = max(made.values(), default=1.0)  # only the relative speeds are known
+        made = {device: speed / fastest for device, speed in made.items()}
         self._before, self._learning = self._learning, Learning(self._settings.drift, made)
         self._start(DecisionPhase.PROVING)
         self.why = "the new plan is being proved"
@@ -261,7 +262,7 @@ class Rebalancing:
             is_sighted=possible_gain(window, drift, self.slowness) >= self._least,
             contradiction=contradiction(window),
         )
-        self._stays.note(start_ns, now_ns, drift.ratios(), _SAME * learning.noise, is_sighted=seen.is_sighted)
+        self._stays.note(start_ns, now_ns, self.slowness, _SAME * learning.noise, is_sighted=seen.is_sighted)
         self._row.append(seen)
         return self._decide(now_ns)
 
@@ -308,7 +309,8 @@ class Rebalancing:
         if not latest.is_sighted:
             return f"{story}; no new cut is needed"
         if now_ns < self._until_ns:
-            return f"{story}; the next new cut is possible in {(self._until_ns - now_ns) / 1e9:.0f} s"
+            what = "new cut is possible" if self._settings.acts else "advice is given"
+            return f"{story}; the next {what} in {(self._until_ns - now_ns) / 1e9:.0f} s"
         if latest.contradiction:
             return f"{story}, but {latest.contradiction}"
         lasted_ns, needed_ns = now_ns - self._stays.since_ns, self._stays.needed_ns()
@@ -317,8 +319,12 @@ class Rebalancing:
         return f"{story}; the next window must confirm it" if self._stays.windows < 2 else ""
 
     def _want(self, now_ns: int) -> WantPlan:
-        """Ask for a plan, for the mean speeds of the last windows of the stay."""
-        wanted = self._wanted(list(self._row)[-self._stays.windows :])
+        """Ask for a plan, for the speeds of the stay.
+
+        Its first window may have begun before the speeds changed, so it counts only within the noise of the latest.
+        """
+        stay = list(self._row)[-self._stays.windows :]
+        wanted = self._wanted([each for each in stay if are_alike(each.speeds, stay[-1].speeds, self._learning.noise)])
         self._planning.begin(wanted.speeds, now_ns)
         return wanted
 
@@ -330,7 +336,9 @@ class Rebalancing:
         assert drift is not None, "each of the windows was compared"
         noise = self._learning.noise / math.sqrt(len(seen))
         speeds = {device: 1 / ratio for device, ratio in drift.ratios(noise).items()}
-        first = {stage: drift.places[stage, nodes[0].device] for stage, nodes in window.stages.items()}
+        first: dict[int, float] = {}  # by stage: of its first replica that ran requests
+        for (stage, _), time_ns in drift.places.items():
+            first.setdefault(stage, time_ns)
         return WantPlan(speeds, tuple(round(first[stage]) for stage in sorted(first)))
 
     def _cut(self, plan: NewPlan, gain: float, now_ns: int) -> CutNow | RecutAdvice:

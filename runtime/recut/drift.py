@@ -21,7 +21,7 @@ import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import fmean, median, median_high, median_low
+from statistics import fmean, geometric_mean, median, median_high, median_low
 from typing import NamedTuple, TypeVar
 
 from runtime.coordinator.counters import OTHER_COSTS
@@ -31,6 +31,7 @@ _Key = TypeVar("_Key", bound=Hashable)
 
 _MOST_SLOWNESS = 16.0  # a larger ratio, or one below the inverse, counts as this one
 _MOST_NOISE = 1.0  # as the logarithm of a ratio
+_SURELY = 0.1  # speeds of plans are estimates: a device must be faster by this and the noise than at the start
 _DEVIATIONS = 2.0  # the noise, in standard deviations
 _DIFFERENCE_TO_DEVIATION = 1.048  # 1 / (0.6745 * sqrt(2)): from the median difference of two normal values
 
@@ -52,14 +53,19 @@ class Drift:
     stages: Mapping[int, float]
     places: Mapping[Place, float]
 
-    @property
-    def scale(self) -> float:
-        """The slowness that is common to the stages: the median, or the lesser of the two in the middle."""
-        return median_low(self.stages.values())
+    def scale(self, noise: float) -> float:
+        """The slowness that is common to the stages: the mean of those that are within the noise of their median."""
+        middle = median_low(self.stages.values())
+        return geometric_mean(each for each in self.stages.values() if abs(math.log(each / middle)) <= noise)
 
-    def ratios(self, noise: float = 0.0) -> dict[str, float]:
-        """The slowness of every device over the median of all stages; 1 within the noise, the logarithm of a ratio."""
-        found = {device: slowness / self.scale for device, slowness in self.devices.items()}
+    def ratios(self, noise: float) -> dict[str, float]:
+        """The slowness of every device over what is common to the stages; 1 within the noise.
+
+        Args:
+            noise: the noise, as the logarithm of a ratio.
+        """
+        scale = self.scale(noise)
+        found = {device: slowness / scale for device, slowness in self.devices.items()}
         return {device: 1.0 if abs(math.log(ratio)) <= noise else ratio for device, ratio in found.items()}
 
     def is_faster(self, noise: float, speeds: Mapping[str, float]) -> bool:
@@ -76,7 +82,7 @@ class Drift:
         scale = min(1.0, median_high(self.stages.values()))
         ratios = {device: math.log(slowness / scale) for device, slowness in self.devices.items()}
         return max(ratios.values()) <= noise and any(
-            math.log(speeds.get(device, 1.0)) - ratio > noise for device, ratio in ratios.items()
+            math.log(speeds.get(device, 1.0)) - ratio > noise + _SURELY for device, ratio in ratios.items()
         )
 
 

@@ -68,7 +68,7 @@ class Learning:
         self._faster.clear()
         is_usual = all(ratio == 1 for ratio in drift.ratios(self.noise).values())
         if is_usual and self.baseline.windows < self._settings.most_baseline_windows:
-            alike = dict.fromkeys(drift.devices, drift.scale)
+            alike = dict.fromkeys(drift.devices, drift.scale(self.noise))
             self.baseline = self.baseline.learned(window, alike, refines=True)
         else:
             self.baseline = self.baseline.learned(window, drift.devices, refines=False)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from runtime.recut.gain import NewPlan
 
+_DRIFT = math.log(1.15)  # a device that is slower or faster by this has drifted, though no new cut may be needed
 _FLAP_NS = 600 * 10**9  # a drift that ends sooner makes the next one wait
 _REMEMBER_NS = 1800 * 10**9  # for so long
 _NEVER_NS = -(1 << 62)
@@ -22,7 +23,9 @@ def are_alike(one: Mapping[str, float], other: Mapping[str, float], tolerance: f
 
 
 class Stays:
-    """The times in which speeds stayed as they were.
+    """The times in which speeds stayed as they were, and how long drifts of devices lasted that have ended.
+
+    A stay also ends when a drift that a new cut may mend comes into sight or is out of sight.
 
     Attributes:
         since_ns: when the present stay began.
@@ -34,7 +37,8 @@ class Stays:
         self.windows = 0
         self._level: dict[str, float] = {}  # the geometric mean of its ratios
         self._is_sighted = False
-        self._ended: deque[tuple[int, int]] = deque()  # sighted stays: when they ended, and how long they were
+        self._drifts: dict[str, int] = {}  # since when each device has been slower or faster
+        self._ended: deque[tuple[int, int]] = deque()  # drifts: when they ended, and how long they were
 
     def note(
         self, start_ns: int, now_ns: int, ratios: Mapping[str, float], tolerance: float, *, is_sighted: bool
@@ -46,20 +50,29 @@ class Stays:
             now_ns: its end.
             ratios: the slowness of every device.
             tolerance: speeds that differ by less, as the logarithm of a ratio, are the same.
-            is_sighted: whether a drift is sighted that a new cut may mend.
+            is_sighted: whether a drift is in sight that a new cut may mend.
         """
-        if not self.windows or not are_alike(ratios, self._level, tolerance):
-            length_ns = start_ns - self.since_ns
-            if self._is_sighted and length_ns < _FLAP_NS:
-                self._ended.append((start_ns, length_ns))
-            self.since_ns, self.windows, self._level, self._is_sighted = start_ns, 0, {}, False
+        for device, ratio in ratios.items():
+            self._follow(device, math.log(ratio), tolerance, start_ns)
+        if is_sighted != self._is_sighted or not self.windows or not are_alike(ratios, self._level, tolerance):
+            self.since_ns, self.windows, self._level, self._is_sighted = start_ns, 0, {}, is_sighted
         self.windows += 1
-        self._is_sighted |= is_sighted
         for device, ratio in ratios.items():
             mean = self._level.get(device, ratio)
             self._level[device] = mean * (ratio / mean) ** (1 / self.windows)
         while self._ended and now_ns - self._ended[0][0] > _REMEMBER_NS:
             self._ended.popleft()
+
+    def _follow(self, device: str, ratio: float, tolerance: float, now_ns: int) -> None:
+        """Take note of the drift of a device. It ends when the device goes back, by however much; not if it goes on."""
+        level = math.log(self._level.get(device, 1.0))
+        goes_back = level * (ratio - level) < 0 and abs(ratio - level) > tolerance
+        if goes_back and device in self._drifts:
+            length_ns = now_ns - self._drifts.pop(device)
+            if length_ns < _FLAP_NS:
+                self._ended.append((now_ns, length_ns))
+        if abs(ratio) >= _DRIFT:
+            self._drifts.setdefault(device, now_ns)
 
     def needed_ns(self) -> int:
         """How long the present stay must last: twice as long as any drift that has ended."""
@@ -67,7 +80,9 @@ class Stays:
 
     def begin(self) -> None:
         """Forget the present stay, because another plan serves. Drifts that have ended are kept."""
-        self.windows, self._level, self._is_sighted = 0, {}, False
+        self.windows = 0
+        self._level.clear()
+        self._drifts.clear()
 
 
 class Planning:

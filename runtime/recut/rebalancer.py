@@ -11,11 +11,11 @@ from concurrent.futures import Future
 from runtime.errors import PipelineError
 from runtime.logs import log_event
 from runtime.options import Rebalance
+from runtime.recut.change import PlanWish
 from runtime.recut.decision import CutNow, Rebalancing, RecutAdvice, RecutSettings, WantPlan
 from runtime.recut.door import Door
 from runtime.recut.gain import NewPlan
 from runtime.recut.offline import Replan, replan
-from runtime.recut.change import PlanWish
 from runtime.recut.recutter import Recutter
 from runtime.recut.result import Recut
 from runtime.recut.watching import PlanWatch

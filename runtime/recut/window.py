@@ -188,7 +188,9 @@ def _trouble(before: NodeStats | None, after: NodeStats) -> str:
         return "was lost"
     if after.failures != before.failures:
         return "could not execute a request"
-    return "" if after.state == before.state == _READY else f"is not ready: {after.state}"
+    if after.state != _READY:
+        return f"is not ready: {after.state}"
+    return "" if before.state == _READY else f"was not ready: {before.state}"
 
 
 def added(one: Runs, other: Runs) -> dict[int, tuple[int, int]]:

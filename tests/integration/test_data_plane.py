@@ -91,6 +91,10 @@ def test_recurring_requests_need_no_messages(plan, monkeypatch):
         assert sum(isinstance(message, Fragment) for message in sent) == before
         assert pipeline.lent_bytes == 0
         assert [stats.requests for stats in pipeline.stats()] == [22, 22]
+        assert [sum(n for n, _ in stats.by_cost.values()) for stats in pipeline.stats()] == [22, 22]
+        assert [sum(ran_ns for _, ran_ns in s.by_cost.values()) for s in pipeline.stats()] == [
+            stats.ran_ns for stats in pipeline.stats()
+        ]
 
 
 def test_slots_are_used_again_for_ever(plan):

@@ -101,6 +101,7 @@ class DriftingPipeline:
     def __post_init__(self) -> None:
         self.source = random.Random(self.seed)
         self.rule = Rebalancing(self.settings)
+        self._lost_s = [[at for at, where in self.restarts if where == stage] for stage in range(len(self.speeds))]
         self.shares = [1.0 / len(self.speeds)] * len(self.speeds)
         self.penalty = 1.0
         self.now_s = 0.0
@@ -159,7 +160,7 @@ class DriftingPipeline:
     def _look(self) -> Look:
         nodes = []
         for stage, counters in enumerate(self.counters):
-            lost = [at for at, where in self.restarts if where == stage and at <= self.now_s]
+            lost = [at for at in self._lost_s[stage] if at <= self.now_s]
             is_back = not lost or self.now_s - lost[-1] > RESTART_S
             failed = sum(where == stage and at <= self.now_s for at, where in self.failures)
             state = "ready" if is_back else "starting"
@@ -186,12 +187,13 @@ class DriftingPipeline:
         cost, times = self.costs(self.source, at_s), []
         for stage, speed in enumerate(self.speeds):
             at_s = max(at_s, self._free_s[stage])
-            for lost_s, where in self.restarts:
-                if where == stage and lost_s <= at_s < lost_s + RESTART_S:
+            for lost_s in self._lost_s[stage]:
+                if lost_s <= at_s < lost_s + RESTART_S:
                     at_s = lost_s + RESTART_S
             work = self.stage_s * len(self.speeds) * self.shares[stage] * (cost / UNIT_COST) ** self.growth[stage]
-            common = random.Random(f"{self.seed} {stage} {int(at_s // 3)}").uniform(-1, 1) * self.window_noise
-            noise = (1 + self.noise * self.source.uniform(-1, 1)) * (1 + common)
+            noise = 1 + self.noise * self.source.uniform(-1, 1)
+            if self.window_noise:
+                noise *= 1 + self.window_noise * random.Random(f"{self.seed} {stage} {at_s // 3}").uniform(-1, 1)
             loading = 0.7 if self.rule.phase.name == "LOADING" else 1.0
             times.append(work * noise * self.penalty / speed(at_s) / loading)
             at_s += times[-1]
