@@ -26,14 +26,14 @@ class Overhead:
     Attributes:
         node_ns: time that a request takes at a node beside its run and its tensors, in nanoseconds.
         caller_ns: processor time that a request takes at the caller, in nanoseconds.
-        threads: for each device, the threads of a session there; 0 for a device that is on another host than the
-            caller, or that computes elsewhere than on the CPU.
+        threads: for each device, the threads of a session there, times the share of a core that each gets; 0 for a
+            device that is on another host than the caller, or that computes elsewhere than on the CPU.
         cores: the cores of the caller's host.
     """
 
     node_ns: int
     caller_ns: int
-    threads: tuple[int, ...]
+    threads: tuple[float, ...]
     cores: int
 
     def host_ns(self, stage_ns: Sequence[int], devices: Sequence[Sequence[int]]) -> int:
@@ -43,17 +43,17 @@ class Overhead:
             stage_ns: for each stage, its time divided by its replicas, with the overhead of the node.
             devices: for each stage, the devices of its replicas.
         """
-        work_ns = self.caller_ns
+        work_ns: float = self.caller_ns
         for time_ns, homes in zip(stage_ns, devices, strict=True):
             work_ns += time_ns * self._threads(homes)
         return max(self.caller_ns, self._on_cores_ns(work_ns, len(devices), sum(map(self._threads, devices))))
 
-    def _on_cores_ns(self, work_ns: int, stages: int, threads: int) -> int:
+    def _on_cores_ns(self, work_ns: float, stages: int, threads: float) -> int:
         """The time that work takes if all cores share it."""
         percent = _CROWDED_PERCENT if stages > 1 and threads > self.cores else 100
-        return -(-work_ns * percent // (100 * self.cores))
+        return -(-round(work_ns) * percent // (100 * self.cores))
 
-    def _threads(self, homes: Sequence[int]) -> int:
+    def _threads(self, homes: Sequence[int]) -> float:
         return sum(self.threads[device] for device in homes)
 
     def least_ns(self, bound_ns: int, work_ns: int, stages: int, replicas: int) -> int:

@@ -73,13 +73,21 @@ class Target:
 
     @cached_property
     def overhead(self) -> Overhead:
-        """What a request costs beside its runs and tensors. The cores are known only if the caller is on this host."""
+        """What a request costs beside its runs and tensors. The cores are known only if the caller is on this host.
+
+        A device of this host that is slower than the reference gets a smaller share of a core, by a quota or beside
+        other work. So its threads count as fewer.
+        """
         caller = self.cluster.caller_host if self.cluster is not None else LOCAL
-        threads = (threads_on_cores(d.provider, d.threads) if caller == LOCAL == d.host else 0 for d in self.devices)
         return Overhead(
             node_ns=self.host.node_ns,
             caller_ns=self.host.caller_ns,
-            threads=tuple(threads),
+            threads=tuple(
+                threads_on_cores(device.provider, device.threads) * min(1.0, device.speed)
+                if caller == LOCAL == device.host
+                else 0.0
+                for device in self.devices
+            ),
             cores=self.cores,
         )
 
