@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import wait
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
@@ -225,7 +226,14 @@ class Pipeline(PipelineControl):
             InputError: the timeout is not a number of seconds above 0.
         """
         limit_ns = normal_timeout_ns(timeout)
-        self._coordinator.drain().result(None if limit_ns is None else limit_ns / 1e9)
+        self.entrance.check_process()
+        for stop in self._stops:  # the plan does not change any more
+            stop()
+        drained = [running.coordinator.drain() for running in self.entrance.plans]
+        if wait(drained, None if limit_ns is None else limit_ns / 1e9).not_done:
+            raise TimeoutError(f"requests were not answered in {timeout} s; they go on")
+        for each in drained:
+            each.result()
 
     # Requests
 

@@ -20,6 +20,7 @@ from runtime.coordinator.succession import Places
 from runtime.errors import LaunchFailed, PipelineError, RecutRefused
 from runtime.launching import beside
 from runtime.options import RunOptions
+from runtime.recut.door import Door
 from runtime.recut.running_plan import RunningPlan
 from runtime.recut.watching import device_names
 from runtime.requests.admission import Admission
@@ -37,7 +38,7 @@ class PlanBeside:
         old: the plan that runs.
         folder: the directory of the new plan.
         plan: the new plan.
-        admission: limits the requests in flight of both.
+        door: where requests enter.
         stopped: tells that the new plan is not wanted any more.
 
     Attributes:
@@ -47,20 +48,18 @@ class PlanBeside:
         RecutRefused: its nodes cannot run beside those that run.
     """
 
-    def __init__(
-        self, old: RunningPlan, folder: Path, plan: Plan, admission: Admission, stopped: Callable[[], bool]
-    ) -> None:
+    def __init__(self, old: RunningPlan, folder: Path, plan: Plan, door: Door, stopped: Callable[[], bool]) -> None:
         self._old, self._plan, self._stopped = old, plan, stopped
         self._options = _options(old, plan, stopped)
         self._counts = RunOptions.of(self._options).counts(plan)
         try:
             if old.launcher is not None:
-                prepared = self._launched(folder, admission)
+                prepared = self._launched(folder, door.admission)
             else:
-                prepared = self._by_hand(folder, admission)
+                prepared = self._by_hand(folder, door.admission)
         except InputError as error:
             raise RecutRefused(f"this pipeline cannot run the new plan: {error}") from error
-        self.running = RunningPlan(prepared, old.number + 1)
+        self.running = RunningPlan(prepared, door.next_number())
 
     def start(self) -> None:
         """Start the nodes, and wait until all are ready.

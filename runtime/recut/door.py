@@ -7,6 +7,7 @@ requests, and no lock is needed on a request's way.
 
 from __future__ import annotations
 
+import itertools
 import os
 import select
 import threading
@@ -70,6 +71,7 @@ class Door:
         self.address = ""
         self._closed = False
         self._lock = threading.Lock()  # held to change the plans, and never while a request enters
+        self._numbers = itertools.count(first.number + 1)
         self._past_retries = 0
         self._past_incidents: list[Incident] = []
         self._loop: _LoopTakers | None = None
@@ -153,6 +155,10 @@ class Door:
             return sum(running.coordinator.requests.lent_bytes for running in self.plans)
 
     # Changing the plan
+
+    def next_number(self) -> int:
+        """The number of the next generation."""
+        return next(self._numbers)
 
     def add(self, running: RunningPlan) -> bool:
         """Keep a plan that is about to start, so that :meth:`close` ends it; False when the door is closed."""

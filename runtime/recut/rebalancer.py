@@ -18,6 +18,7 @@ from runtime.recut.gain import NewPlan
 from runtime.recut.offline import Replan, replan
 from runtime.recut.recutter import Recutter
 from runtime.recut.result import Recut
+from runtime.recut.running_plan import RunningPlan
 from runtime.recut.watching import PlanWatch
 
 _LOOK_S = 1.0
@@ -45,6 +46,7 @@ class Rebalancer:
         self._wanted: WantPlan | None = None
         self._made: Replan | None = None  # the plan that the decision is about
         self._recut: Future[Recut] | None = None
+        self._left: RunningPlan | None = None  # the plan that the last change begun here was to replace
         self._thread = threading.Thread(target=self._watch, name="rebalancer", daemon=True)
 
     @property
@@ -93,11 +95,11 @@ class Rebalancer:
 
     def _swapped(self) -> None:
         """Requests enter another plan now."""
-        if self._recut is not None:
-            self._deciding.swapped(time.monotonic_ns())
-        else:  # somebody else has changed it
+        if self._recut is None:  # somebody else has changed it
             self._drop()
             self._deciding = Rebalancing(self._settings)
+        elif self._door.current is not self._left:  # else the old plan has come back, which the result will say
+            self._deciding.swapped(time.monotonic_ns())
 
     def _look(self, watch: PlanWatch) -> None:
         deciding, now_ns = self._deciding, time.monotonic_ns()
@@ -161,6 +163,7 @@ class Rebalancer:
     def _cut(self, action: CutNow) -> None:
         made, self._made = self._made, None
         assert made is not None
+        self._left = self._door.current
         wish = PlanWish(made=made, before=action.before)
         try:
             self._recut = self._recutter.start(wish)

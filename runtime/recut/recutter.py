@@ -184,7 +184,7 @@ class Recutter:
         if (problem := why_another_model(old.plan, plan)) is not None:
             raise RecutRefused(f"{folder} is a plan of another model: {problem}")
         with change.timed("loading"), RequestSamples(old) as samples:
-            beside = PlanBeside(old, folder, plan, self._door.admission, stopped)
+            beside = PlanBeside(old, folder, plan, self._door, stopped)
             change.new = new = beside.running
             if not self._door.add(new):
                 raise PipelineClosed("the pipeline was closed")

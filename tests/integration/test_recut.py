@@ -209,7 +209,7 @@ class Watched(Machine):
         return state
 
 
-@pytest.mark.parametrize("phase", [RecutPhase.LOADING, RecutPhase.WARMING, RecutPhase.SWAPPED, RecutPhase.PROVING])
+@pytest.mark.parametrize("phase", [RecutPhase.WARMING, RecutPhase.SWAPPED, RecutPhase.PROVING])
 def test_a_pipeline_can_be_closed_in_every_phase(plans, phase):
     pipeline = Pipeline.launch(plans["early"], threads=1)
     watched = pipeline._recutter._machine = Watched(phase)
@@ -227,6 +227,17 @@ def test_a_pipeline_can_be_closed_in_every_phase(plans, phase):
         pipeline.recut(plans["late"])
     with pytest.raises(PipelineClosed):
         pipeline.run({"x": X})
+
+
+def test_a_pipeline_can_be_closed_while_a_plan_loads(plans):
+    pipeline = Pipeline.launch(plans["early"], threads=1)
+    recut = pipeline.recut(plans["late"])
+    wait_until(lambda: len(pipeline.entrance.plans) == 2)
+    assert pipeline.recuts.phase == "loading"
+    pipeline.close()
+    with pytest.raises(PipelineClosed):
+        recut.result(10)
+    assert pipeline.recuts.phase == "ended"
 
 
 def test_killed_nodes_of_both_plans_lose_nothing(pipeline, plans):
