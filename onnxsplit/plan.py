@@ -260,6 +260,8 @@ class Costs(PlanStruct, frozen=True, kw_only=True):
         note: why costs are analytic although they were not asked for, or the plan whose costs were used; else None.
         interval: the half-width of the 95 % interval of the times, as a share of them; None when nothing was measured.
         disturbed: the share of this host's cores that other processes used while the times were taken.
+        moved: how far optimisation moves the answers of the model or of its stages, relative to their scale; 0 when
+            nothing was measured. Two cuts of the model may differ by as much.
         host: what requests cost beside the runs; None in plans of older versions.
         ops: an ``.npz`` with the time of each op and the shapes of the tensors; None in plans of older versions.
     """
@@ -273,6 +275,7 @@ class Costs(PlanStruct, frozen=True, kw_only=True):
     note: str | None = None
     interval: Rate | None = None
     disturbed: Rate = 0.0
+    moved: Rate = 0.0
     host: HostCosts | None = None
     ops: FileEntry | None = None
 

@@ -195,6 +195,7 @@ class PlanBuilder:
             note=subject.note,
             interval=max(intervals) if cut.measured_ns is not None else None,
             disturbed=max(cut.disturbed, sessions.disturbed if sessions is not None else 0.0),
+            moved=min(1.0, max(cut.moved, subject.costs.moved)),
             host=self._target.host,
         )
 

@@ -123,6 +123,7 @@ class Replanning:
             note=f"they follow from the costs of the plan {parent[:12]}, which was planned anew",
             interval=before.costs.interval,
             disturbed=before.costs.disturbed,
+            moved=before.costs.moved,
         )
         stages = tuple(self._with_left(stage, part) for stage, part in zip(plan.stages, cut.parts, strict=True))
         plan = msgspec.structs.replace(

@@ -21,6 +21,7 @@ _MOST_SAMPLES = 8
 _MOST_BYTES = 64 << 20
 _WAIT_S = 60.0  # the most time of one request
 _LOOK_S = 0.1
+_SLACK, _MOST_ALLOWED = 2.0, 0.5  # as for ``onnxsplit verify``
 
 
 @dataclass(frozen=True)
@@ -91,10 +92,12 @@ class AnswersDiffer(PipelineError):
 def allowed_difference(plan: Plan) -> float:
     """How far the answers of two cuts of a plan's model may differ, relative to the scale of each output.
 
-    It is the tolerance of ``onnxsplit verify`` for the types that cross, and what narrow borders may cost.
+    It is the tolerance of ``onnxsplit verify``: for the types that cross, for what narrow borders may cost, and twice
+    what optimisation moves the answers.
     """
     borders = plan.borders.tolerance if plan.borders is not None else 0.0
-    return max(tolerance(spec.dtype for spec in plan.tensors.values()), borders)
+    rounding = tolerance(spec.dtype for spec in plan.tensors.values())
+    return max(rounding, borders, min(_SLACK * plan.costs.moved, _MOST_ALLOWED))
 
 
 def compare(old: RunningPlan, new: RunningPlan, samples: list[Sample], stopped: Callable[[], bool]) -> int:
