@@ -26,7 +26,7 @@ from runtime.recut.result import Recut
 from runtime.recut.running_plan import RunningPlan
 from runtime.recut.same_model import why_another_model
 from runtime.recut.warming import AnswersDiffer, RequestSamples, compare
-from runtime.recut.watching import present_speeds, watched
+from runtime.recut.watching import measured, watched
 from runtime.recut.window import DriftSettings
 from runtime.transition_table import Machine
 
@@ -133,10 +133,10 @@ class Recutter:
             differs = isinstance(problem, AnswersDiffer)
             back = self._machine.state in (RecutPhase.SWAPPED, RecutPhase.PROVING)
             self._machine.go(RecutChange.ROLL_BACK if back else RecutChange.DIFFER if differs else RecutChange.FAIL)
-        if isinstance(problem, RecutRefused | RecutFailed | PipelineClosed):
-            return problem
         if self._stopped.is_set():
             return PipelineClosed("the pipeline was closed")
+        if isinstance(problem, RecutRefused | RecutFailed | PipelineClosed):
+            return problem
         if not isinstance(problem, OnnxsplitError):
             _log.error("a change of the plan failed", exc_info=problem)
             return RecutFailed(f"the plan was not changed: {problem!r}")
@@ -214,11 +214,11 @@ class Recutter:
         """The plan that was made, or that is made now; None where no plan is better."""
         wish, old, made = change.wish, change.old, change.wish.made
         if made is None:
-            speeds = wish.speeds
+            speeds, times = wish.speeds, wish.stage_times_ns
             if speeds is None:
                 assert change.before is not None
-                speeds = present_speeds(old.plan, change.before, _SETTINGS)
-            made = replan(old.folder, speeds=speeds, stage_times_ns=wish.stage_times_ns, stopped=self._stopped.is_set)
+                speeds, times = measured(old.plan, change.before, _SETTINGS)
+            made = replan(old.folder, speeds=speeds, stage_times_ns=times, stopped=self._stopped.is_set)
         change.remove_plan = made.close
         change.seconds = replace(change.seconds, planning=made.seconds)
         change.predicted_gain = made.gain

@@ -81,26 +81,38 @@ def watched(running: RunningPlan, settings: DriftSettings, most_s: float, stoppe
             return window
 
 
-def present_speeds(plan: Plan, window: Window, settings: DriftSettings) -> dict[str, float]:
-    """The speeds of devices, relative to when a plan was made and to the fastest; empty if too few requests tell.
+def measured(plan: Plan, window: Window, settings: DriftSettings) -> tuple[dict[str, float], list[int] | None]:
+    """What a new plan would be made for, if only the present one and a window of it are known.
 
     Args:
         plan: the plan.
         window: what it does now.
         settings: when a window is enough.
+
+    Returns:
+        The speeds of devices, relative to when the plan was made and to the fastest; and the times of the stages in
+        nanoseconds at the speeds of then. No speeds, and None, if too few requests tell.
     """
     if window.trouble or not window.is_enough(settings):
-        return {}
-    seen: dict[str, tuple[float, float]] = {}
+        return {}, None
+    totals: dict[tuple[int, str], tuple[int, int]] = {}
     for (stage, _), node in window.nodes.items():
-        requests = sum(number for number, _ in node.runs.values())
-        ran_ns = sum(time_ns for _, time_ns in node.runs.values())
-        usual_ns = requests * (plan.stages[stage].measured_time_ns or plan.stages[stage].predicted_time_ns)
-        before = seen.get(node.device, (0.0, 0.0))
-        seen[node.device] = before[0] + usual_ns, before[1] + ran_ns
-    speeds = {device: usual_ns / max(1.0, ran_ns) for device, (usual_ns, ran_ns) in seen.items() if usual_ns}
+        before = totals.get((stage, node.device), (0, 0))
+        more = sum(number for number, _ in node.runs.values()), sum(time_ns for _, time_ns in node.runs.values())
+        totals[stage, node.device] = before[0] + more[0], before[1] + more[1]
+    usual = [stage.measured_time_ns or stage.predicted_time_ns for stage in plan.stages]
+    speeds = {}
+    for device in {device for _, device in totals}:
+        there = [(stage, *runs) for (stage, each), runs in totals.items() if each == device]
+        usual_ns = sum(requests * usual[stage] for stage, requests, _ in there)
+        if usual_ns:
+            speeds[device] = usual_ns / max(1, sum(ran_ns for *_, ran_ns in there))
     fastest = max(speeds.values(), default=1.0)
-    return {device: speed / fastest for device, speed in speeds.items()}
+    speeds = {device: speed / fastest for device, speed in speeds.items()}
+    times = [0] * len(plan.stages)
+    for (stage, device), (requests, ran_ns) in totals.items():
+        times[stage] = times[stage] or round(ran_ns * speeds.get(device, 1.0) / max(1, requests))
+    return speeds, times if all(times) else None
 
 
 def device_names(plan: Plan) -> list[tuple[str, ...]]:
