@@ -6,14 +6,17 @@ import asyncio
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import build
 import numpy as np
+import ports
 import pytest
 from onnx import numpy_helper
 from waiting import wait_until
@@ -292,3 +295,20 @@ def test_a_dropped_pipeline_ends_what_it_has_begun(plans):
         recut.result(60)
     wait_until(lambda: door.current.coordinator.ended)
     wait_until(lambda: len(door.plans) == 1)
+
+
+def test_it_is_said_why_a_node_by_hand_does_not_start_its_successor(plans, tmp_path, free_port, python_environment):
+    address = f"tcp://127.0.0.1:{free_port}"
+    command = [sys.executable, "-P", "-m", "onnxsplit", "node", "--connect", address]
+    fixed = ["--bind", f"tcp://127.0.0.1:{ports.free_port()}"]
+    with ExitStack() as stack:
+        nodes = [
+            stack.enter_context(subprocess.Popen([*command, *more], env=python_environment)) for more in ([], fixed)
+        ]
+        for node in nodes:
+            stack.callback(node.kill)
+        with Pipeline.listen(plans["early"], bind=address, start_timeout=40) as pipeline:
+            with pytest.raises(RecutFailed, match=r"cannot start its successor: .*it listens at a fixed port"):
+                pipeline.recut(plans["late"]).result(120)
+            assert np.array_equal(pipeline.run({"x": X})["y"], pipeline.run({"x": X})["y"])
+            assert len(pipeline.entrance.plans) == 1
