@@ -45,6 +45,8 @@ from runtime import Pipeline
 Case = TypeVar("Case", bound=tuple[Any, ...])
 Result = TypeVar("Result")
 
+_CGROUP_1, _PERIOD_US = Path("/sys/fs/cgroup/cpu"), 20_000
+
 # The command line
 
 
@@ -302,25 +304,53 @@ def right(outputs: Mapping[str, Any], wanted: Mapping[str, Any], tolerance: floa
 # Processes
 
 
+class CpuGroup:
+    """A group of processes that the kernel limits together (cgroup v1 or v2). Made by :func:`cpu_group`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def limit(self, share: float) -> None:
+        """Limit the processes to a share of one core, which they have together."""
+        quota = round(share * _PERIOD_US)
+        if _CGROUP_1.is_dir():
+            (self._folder / "cpu.cfs_period_us").write_text(str(_PERIOD_US))
+            (self._folder / "cpu.cfs_quota_us").write_text(str(quota))
+        else:
+            (self._folder / "cpu.max").write_text(f"{quota} {_PERIOD_US}")
+
+    def add(self, pid: int) -> None:
+        """Put a process into the group. Those that it starts from now on are in it too."""
+        (self._folder / "cgroup.procs").write_text(str(pid))
+
+    @property
+    def pids(self) -> list[int]:
+        """The processes of the group."""
+        return [int(line) for line in (self._folder / "cgroup.procs").read_text().split()]
+
+
+@contextmanager
+def cpu_group(name: str, share: float) -> Iterator[CpuGroup]:
+    """Make a group of processes that are limited to a share of one core; needs root. Its last processes leave it."""
+    parent = _CGROUP_1 if _CGROUP_1.is_dir() else Path("/sys/fs/cgroup")
+    folder = parent / f"onnxsplit-{os.getpid()}-{name}"
+    folder.mkdir()
+    group = CpuGroup(folder)
+    try:
+        group.limit(share)
+        yield group
+    finally:
+        for member in group.pids:
+            (parent / "cgroup.procs").write_text(str(member))
+        folder.rmdir()
+
+
 @contextmanager
 def held(pid: int, share: float) -> Iterator[None]:
-    """Limit a process to a share of one core with the kernel's CPU controller (cgroup v1 or v2; needs root)."""
-    first, period_us = Path("/sys/fs/cgroup/cpu"), 20_000
-    group = (first if first.is_dir() else Path("/sys/fs/cgroup")) / f"onnxsplit-{os.getpid()}-{pid}"
-    group.mkdir()
-    try:
-        quota = round(share * period_us)
-        if first.is_dir():
-            (group / "cpu.cfs_period_us").write_text(str(period_us))
-            (group / "cpu.cfs_quota_us").write_text(str(quota))
-        else:
-            (group / "cpu.max").write_text(f"{quota} {period_us}")
-        (group / "cgroup.procs").write_text(str(pid))
+    """Limit a process to a share of one core, as :func:`cpu_group` does."""
+    with cpu_group(str(pid), share) as group:
+        group.add(pid)
         yield
-    finally:
-        for member in (group / "cgroup.procs").read_text().split():
-            (group.parent / "cgroup.procs").write_text(member)
-        group.rmdir()
 
 
 def ended(process: subprocess.Popen[bytes], seconds: float) -> None:
