@@ -32,7 +32,8 @@ from runtime.transition_table import Machine
 
 _log = logging.getLogger("runtime.recut")
 _SETTINGS = DriftSettings()
-_WATCH_S = 10.0  # the most seconds to look at what a plan does
+_WATCH_S = 10.0  # the most seconds to look at what a plan does, where that decides
+_GLANCE_S = 4.0  # the same where it is only told
 RESULTS = ("kept", "rolled_back", "no_gain", "refused", "failed")
 
 
@@ -171,7 +172,7 @@ class Recutter:
             PipelineError: the change was given up.
         """
         machine, old, stopped = self._machine, change.old, self._stopped.is_set
-        change.before = change.wish.before or watched(old, _SETTINGS, _WATCH_S, stopped)
+        change.before = change.wish.before or watched(old, _SETTINGS, _patience_s(change), stopped)
         folder = change.wish.folder or self._planned(change)
         if folder is None:
             machine.go(RecutChange.NO_GAIN)
@@ -236,7 +237,7 @@ class Recutter:
             PipelineError: the pipeline closes, or the new plan does not run any more.
         """
         ended = lambda: self._stopped.is_set() or new.coordinator.ended  # noqa: E731
-        after = watched(new, _SETTINGS, _WATCH_S, ended)
+        after = watched(new, _SETTINGS, _patience_s(change), ended)
         if self._stopped.is_set():
             raise PipelineClosed("the pipeline was closed")
         if new.coordinator.ended:
@@ -257,6 +258,10 @@ class Recutter:
             remove()
         self._machine.go(RecutChange.KEEP)
         return change.result(kept=True, why=proof.why if proof.kept else "the plan that was asked for stays")
+
+
+def _patience_s(change: Change) -> float:
+    return _WATCH_S if change.wish.must_gain else _GLANCE_S
 
 
 def end_dropped(stops: Sequence[Callable[[], None]], door: Door, name: str, owner: int) -> None:

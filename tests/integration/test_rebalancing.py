@@ -40,7 +40,7 @@ def launch(tmp_path, devices):
     plan = devices.plan(tmp_path, OPS)
 
     def one(rebalance: str) -> Pipeline:
-        launcher = SleepingLauncher(load_plan(plan), devices, op_s=0.01)
+        launcher = SleepingLauncher(load_plan(plan), devices, op_s=0.03)
         return Pipeline.launch(plan, launcher=launcher, rebalance=rebalance)
 
     return one
@@ -103,7 +103,6 @@ def test_advice_names_the_device_and_changes_nothing(launch, devices):
             devices.set("d1", 0.5)
             wait_until(lambda: "a new cut would answer" in pipeline.recuts.advice, "the advice")
             assert "device d1 runs at" in pipeline.recuts.advice
-            wait_until(lambda: "the next new cut is possible in" in pipeline.recuts.advice, "the time after the advice")
         recuts = pipeline.recuts
         assert recuts.generation == 1
         assert not any(recuts.results.values())
