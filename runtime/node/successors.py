@@ -43,6 +43,7 @@ from runtime.wire.security import Security, check_address
 
 _MIB = 1 << 20
 _KILL_S = 5.0  # time for successors to end after a repeated signal
+_KILLED_S = 2.0  # time for one that was killed to be gone
 _log = logging.getLogger("runtime.node")
 
 
@@ -59,6 +60,7 @@ class _Successor:
         say: tells the coordinator of the node that it succeeds.
         timer: ends its time at idle priority; None for none.
         served: whether it has been ready.
+        given_up: whether it was killed here, because its plan was given up.
     """
 
     process: subprocess.Popen[bytes]
@@ -69,6 +71,7 @@ class _Successor:
     say: Say
     timer: threading.Timer | None
     served: bool = False
+    given_up: bool = False
 
 
 @dataclass
@@ -171,6 +174,9 @@ class Successors:
             self._own_runs, self._outcome = False, Outcome(lost)
             if not self._living:
                 return None
+            if not lost:  # the coordinator has closed, and the plans of these were given up
+                for draft in self._living:
+                    self._give_up(draft)
             _log.info("waiting for its successor, process %d", self._living[-1].process.pid)
         _give_memory_back()
         with self._changed:
@@ -182,6 +188,13 @@ class Successors:
         self._kill()
         with self._changed:
             self._changed.wait_for(lambda: not self._living)
+
+    @staticmethod
+    def _give_up(successor: _Successor) -> None:
+        """Kill a successor that has never served."""
+        if not successor.served:
+            successor.given_up = True
+            successor.process.kill()
 
     def _kill(self) -> None:
         for successor in list(self._living):
@@ -244,7 +257,10 @@ class Successors:
         if self.asked.is_set():
             raise OnnxsplitError("a signal has asked it to end")
         if (earlier := next((each for each in self._living if each.parent is parent), None)) is not None:
-            raise OnnxsplitError(f"its earlier successor, process {earlier.process.pid}, has not ended yet")
+            earlier.served = False  # its plan was given up: otherwise no other one would be wanted
+            self._give_up(earlier)
+            if not self._changed.wait_for(lambda: earlier not in self._living, _KILLED_S):
+                raise OnnxsplitError(f"its earlier successor, process {earlier.process.pid}, has not ended yet")
         if reason := why_no_successor(self._options):
             raise OnnxsplitError(reason)
         check_address(address, self._security)
@@ -284,14 +300,14 @@ class Successors:
             self._changed.notify_all()
         successor.link.close()
         _log.log(logging.INFO if code == 0 else logging.WARNING, "successor %d %s", successor.process.pid, how)
-        if parent_lives:
+        if parent_lives and not successor.given_up:
             successor.say(SuccessorEnded(successor.process.pid, how))
 
     def _note_end(self, successor: _Successor, code: int) -> None:
         """Note how a successor has ended, unless it is a draft: then the one before it serves on."""
         index = self._living.index(successor)
         self._living.remove(successor)
-        was_told = self.asked.is_set() and not successor.served
+        was_told = (self.asked.is_set() or successor.given_up) and not successor.served
         if not self._own_runs and index == 0 and not was_told:
             self._outcome.note(code, is_last=not self._living)
 

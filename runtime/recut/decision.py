@@ -199,9 +199,9 @@ class Rebalancing:
         """What a plan for the present speeds would be made for; None before the baseline is known."""
         return self._wanted([self._row[-1]]) if self._row else None
 
-    def planned(self, candidate: NewPlan | None, now_ns: int) -> None:
-        """The plan that was wanted was made; None if none gains anything, or planning failed."""
-        self._planning.end(candidate, now_ns)
+    def planned(self, candidate: NewPlan | None, now_ns: int, problem: str = "") -> None:
+        """The plan that was wanted was made; None if none gains anything, or if it could not be made: ``problem``."""
+        self._planning.end(candidate, now_ns, problem)
 
     def swapped(self, now_ns: int) -> None:
         """The new plan serves: its baseline begins. How it serves is told by :meth:`proved`."""
@@ -280,9 +280,7 @@ class Rebalancing:
             self.why = f"{story}; a new cut is being planned"
             return self._want(now_ns)
         if self._planning.is_under_way or plan is None:
-            self.why = f"{story}; " + (
-                "a new cut is being planned" if self._planning.is_under_way else "no cut is better"
-            )
+            self.why = f"{story}; {self._planning.story}"
             return Nothing()
         gain = min(gains)
         self.why = f"{story}; a new cut would answer {gains[-1]:.2f} times as many requests"

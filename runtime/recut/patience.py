@@ -11,6 +11,7 @@ from runtime.recut.gain import NewPlan
 _DRIFT = math.log(1.15)  # a device that is slower or faster by this has drifted, though no new cut may be needed
 _FLAP_NS = 600 * 10**9  # a drift that ends sooner makes the next one wait
 _REMEMBER_NS = 1800 * 10**9  # for so long
+_RETRY_NS = 300 * 10**9  # until planning that has failed is tried again at the same speeds
 _NEVER_NS = -(1 << 62)
 
 
@@ -97,11 +98,13 @@ class Planning:
     Attributes:
         candidate: the last plan; None if there is none.
         is_under_way: whether a plan is being made.
+        problem: why the last plan could not be made; empty if it could.
     """
 
     def __init__(self, *, every_s: float, again_s: float, share: float, credit_s: float) -> None:
         self.candidate: NewPlan | None = None
         self.is_under_way = False
+        self.problem = ""
         self._every_s, self._again_s, self._share, self._most_s = every_s, again_s, share, credit_s
         self._asked: Mapping[str, float] | None = None
         self._begun_ns = _NEVER_NS
@@ -116,7 +119,10 @@ class Planning:
             now_ns: the time.
             is_useful: whether the last plan gains enough at these speeds.
         """
-        if self.is_under_way or (self._asked is not None and are_alike(speeds, self._asked, tolerance)):
+        same = self._asked is not None and are_alike(speeds, self._asked, tolerance)
+        if self.problem and now_ns - self._begun_ns > _RETRY_NS:
+            same = False
+        if self.is_under_way or same:
             return False
         self._credit_s = min(self._most_s, self._credit_s + self._share * (now_ns - self._credit_ns) / 1e9)
         self._credit_ns = now_ns
@@ -127,10 +133,17 @@ class Planning:
         """A plan for these speeds is being made."""
         self.is_under_way, self._asked, self._begun_ns = True, speeds, now_ns
 
-    def end(self, candidate: NewPlan | None, now_ns: int) -> None:
-        """The plan was made; None if there is none."""
-        self.is_under_way, self.candidate = False, candidate
+    def end(self, candidate: NewPlan | None, now_ns: int, problem: str = "") -> None:
+        """The plan was made; None if there is none, or ``problem`` says why it could not be made."""
+        self.is_under_way, self.candidate, self.problem = False, candidate, problem
         self._credit_s -= (now_ns - self._begun_ns) / 1e9
+
+    @property
+    def story(self) -> str:
+        """Why there is no plan, in words."""
+        if self.is_under_way:
+            return "a new cut is being planned"
+        return f"no new cut could be planned: {self.problem}" if self.problem else "no cut is better"
 
     def forget(self) -> None:
         """Forget the last plan, because another plan serves or the last one did not load."""

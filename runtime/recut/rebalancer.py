@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import Future
 
+from onnxsplit.errors import one_line
 from runtime.errors import PipelineError
 from runtime.logs import log_event
 from runtime.options import Rebalance
@@ -42,7 +43,7 @@ class Rebalancer:
         self._settings = RecutSettings(least_gain=least_gain / 100, acts=mode == "auto")
         self._deciding = Rebalancing(self._settings)
         self._stopped = threading.Event()
-        self._planning: Future[Replan | None] | None = None
+        self._planning: Future[Replan] | None = None
         self._wanted: WantPlan | None = None
         self._made: Replan | None = None  # the plan that the decision is about
         self._recut: Future[Recut] | None = None
@@ -111,7 +112,10 @@ class Rebalancer:
                 deciding.proved(recut.result().kept, now_ns)
         if self._planning is not None and self._planning.done():
             planning, self._planning = self._planning, None
-            deciding.planned(self._planned(planning), now_ns)
+            if (failure := planning.exception()) is not None:
+                deciding.planned(None, now_ns, one_line(failure))
+            else:
+                deciding.planned(self._planned(planning.result()), now_ns)
         action = deciding.look(watch.window(), now_ns)
         if isinstance(action, WantPlan):
             self._plan(action)
@@ -123,7 +127,7 @@ class Rebalancer:
     def _plan(self, wanted: WantPlan) -> None:
         """Plan in a thread, which waits for a process of low priority."""
         self._drop()
-        future: Future[Replan | None] = Future()
+        future: Future[Replan] = Future()
         folder = self._door.current.folder
         self._planning, self._wanted = future, wanted
 
@@ -139,16 +143,15 @@ class Rebalancer:
                 )
             except Exception as error:
                 log_event(_log, logging.WARNING, "no new plan", why=error)
-                future.set_result(None)
+                future.set_exception(error)
 
         threading.Thread(target=plan, name="planning", daemon=True).start()
 
-    def _planned(self, planning: Future[Replan | None]) -> NewPlan | None:
-        made, wanted = planning.result(), self._wanted
+    def _planned(self, made: Replan) -> NewPlan | None:
+        wanted = self._wanted
         assert wanted is not None
-        if made is None or made.folder is None:
-            if made is not None:
-                made.close()
+        if made.folder is None:
+            made.close()
             return None
         self._made = made
         return NewPlan(
@@ -182,6 +185,6 @@ class Rebalancer:
             made.close()
 
 
-def _close_made(planning: Future[Replan | None]) -> None:
-    if (made := planning.result()) is not None:
-        made.close()
+def _close_made(planning: Future[Replan]) -> None:
+    if planning.exception() is None:
+        planning.result().close()

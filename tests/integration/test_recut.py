@@ -312,3 +312,8 @@ def test_it_is_said_why_a_node_by_hand_does_not_start_its_successor(plans, tmp_p
                 pipeline.recut(plans["late"]).result(120)
             assert np.array_equal(pipeline.run({"x": X})["y"], pipeline.run({"x": X})["y"])
             assert len(pipeline.entrance.plans) == 1
+            with pytest.raises(
+                RecutFailed, match="it listens at a fixed port"
+            ):  # the first successor is not in the way
+                pipeline.recut(plans["late"]).result(120)
+        assert [node.wait(30) for node in nodes] == [0, 0]
