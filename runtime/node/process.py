@@ -387,6 +387,7 @@ class NodeProcess:
             case LendMemory(readers):
                 worker.share(readers)
             case SayReady():
+                self._origin.report(NodePhase.READY.name.lower())
                 if self._options.background:
                     bring_forward(os.getpid())
                 control.say(Ready(worker.mapped, worker.why_unguided, worker.left_to_cpu))

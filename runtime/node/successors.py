@@ -43,6 +43,7 @@ from runtime.wire.security import Security, check_address
 
 _MIB = 1 << 20
 _KILL_S = 5.0  # time for successors to end after a repeated signal
+_SERVED_S = 5.0  # time in which a successor that serves has said so
 _KILLED_S = 2.0  # time for one that was killed to be gone
 _log = logging.getLogger("runtime.node")
 
@@ -174,10 +175,11 @@ class Successors:
             self._own_runs, self._outcome = False, Outcome(lost)
             if not self._living:
                 return None
-            if not lost:  # the coordinator has closed, and the plans of these were given up
-                for draft in self._living:
-                    self._give_up(draft)
             _log.info("waiting for its successor, process %d", self._living[-1].process.pid)
+            if not lost:  # the coordinator has closed: either another plan serves now, or its successor is of no use
+                self._changed.wait_for(lambda: all(each.served for each in self._living), _SERVED_S)
+                for draft in list(self._living):
+                    self._give_up(draft)
         _give_memory_back()
         with self._changed:
             self._changed.wait_for(lambda: not self._living)
@@ -285,7 +287,9 @@ class Successors:
                 if isinstance(said, Succeed):
                     self._begin(said, tell, successor)
                     continue
-                successor.served |= said.name == NodePhase.READY.name.lower()
+                with self._changed:
+                    successor.served |= said.name == NodePhase.READY.name.lower()
+                    self._changed.notify_all()
                 if not self._own_runs and self._living[0] is successor:
                     self.report(said.name)
         if successor.timer is not None:
