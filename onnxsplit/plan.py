@@ -349,6 +349,21 @@ class Plan(PlanStruct, frozen=True, kw_only=True):
         if self.costs.ops is not None:
             yield self.costs.ops
 
+    def why_fixed(self) -> str | None:
+        """Why the model cannot be cut again from this plan when its devices change their speed; None if it can."""
+        if self.costs.ops is None or self.target is None:
+            return "was made by a version that did not keep the costs of the ops; partition the model again"
+        if self.objective == "memory":
+            return "was cut for the objective memory, which the speeds of devices do not change"
+        if self.target.cut_at:
+            return (
+                "was cut at the tensors that its user named (--cut-at); partition the model without --cut-at to let "
+                "the cut move"
+            )
+        if any(not stage.device_numbers for stage in self.stages):
+            return "does not say which device each stage is on; partition the model again"
+        return None
+
     def refused_inputs(self) -> dict[str, str]:
         """Why requests cannot give some inputs of the source model, and what to do, by the inputs' names."""
         constants = {

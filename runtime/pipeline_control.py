@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
 from onnxsplit.errors import InputError, shown
+from onnxsplit.plan import Plan
 from runtime.launching import plan_folder
 from runtime.options import check_scale
 from runtime.pipeline_status import PipelineStatus
@@ -102,7 +103,7 @@ class PipelineControl(PipelineStatus):
 
         Raises:
             InputError: an argument is invalid.
-            RecutRefused: the plan is being changed already.
+            RecutRefused: the plan is being changed already, or does not carry the costs that planning anew needs.
             PipelineClosed: the pipeline was closed.
         """
         self.entrance.check_open()
@@ -110,6 +111,7 @@ class PipelineControl(PipelineStatus):
             raise InputError("devices are for planning anew; leave out plan, or leave out devices")
         folder = None if plan is None else plan_folder(plan)
         given = _speeds(devices)
+        _check_devices(self.plan, given)
         present = self._rebalancer.present() if self._rebalancer is not None else None
         if folder is not None or given or present is None:
             return self._recutter.start(PlanWish(folder, given or None))
@@ -131,6 +133,21 @@ class PipelineControl(PipelineStatus):
     def on_recut(self, call: Callable[[], None]) -> None:
         """Call a function, in any thread, each time that requests begin to enter another plan."""
         self._recutter.on_change(call)
+
+
+def _check_devices(plan: Plan, names: Iterable[str]) -> None:
+    """Refuse speeds of devices that a plan does not have.
+
+    Raises:
+        InputError: it names one, and says which there are.
+    """
+    devices = plan.target.devices if plan.target is not None else ()
+    known = dict.fromkeys([*(device.name for device in devices), *(device.host for device in devices)])
+    unknown = [name for name in names if name not in known]
+    if devices and unknown:
+        raise InputError(
+            f"{shown(unknown[0])} is neither a device nor a host of the plan; these are {', '.join(known)}"
+        )
 
 
 def _speeds(devices: object) -> dict[str, float]:

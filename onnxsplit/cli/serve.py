@@ -19,6 +19,7 @@ from onnxsplit.cli.help import (
     LANGUAGE_MODELS,
     MODELS,
     NETWORK,
+    NODES,
     OTHER_HOSTS,
     REQUESTS,
     SECURITY,
@@ -27,7 +28,18 @@ from onnxsplit.cli.help import (
 )
 from onnxsplit.cli.output import Output, make_command
 from onnxsplit.cli.running import keywords, parameter_names, serving_options
-from onnxsplit.cli.serve_options import ACCESS, ADDRESSES, FILE, NODE_SOURCE, OTHER, QUEUE, SEQUENCES, TEXTS, VERSIONS
+from onnxsplit.cli.serve_options import (
+    ACCESS,
+    ADDRESSES,
+    FILE,
+    NODE_SOURCE,
+    OTHER,
+    QUEUE,
+    REBALANCE,
+    SEQUENCES,
+    TEXTS,
+    VERSIONS,
+)
 from onnxsplit.cli.settings import different
 
 if TYPE_CHECKING:
@@ -76,6 +88,14 @@ class _NodeSource:
             raise InputError(
                 "--launcher none waits for the nodes of one plan at one address, so it has neither --poll nor several "
                 "--versions at once; start another server for another plan"
+            )
+
+    def check_rebalance(self, mode: str) -> None:
+        """Refuse to change plans where a second coordinator cannot listen."""
+        if mode == "auto" and self.ports is not None:
+            raise click.UsageError(
+                "--rebalance auto needs ports of its own for each plan, so it does not go with --ports: leave --ports "
+                "out, or choose --rebalance advise, which changes nothing"
             )
 
     def check_replicas(self, replicas: Replicas) -> None:
@@ -173,6 +193,7 @@ class _NodeSource:
 @serving_options
 @add_options(
     [
+        *under(NODES, REBALANCE),
         *under(REQUESTS, QUEUE),
         *under(REQUESTS, SEQUENCES),
         *under(MODELS, VERSIONS),
@@ -207,6 +228,7 @@ def command(output: Output, *, plans: tuple[Path, ...], **values: Any) -> None:
 
     services, plans = read_services(plans, output.say)
     nodes.check(plans)
+    nodes.check_rebalance(values["rebalance"])
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     chosen = different(click.get_current_context())
     if chosen:

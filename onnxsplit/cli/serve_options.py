@@ -41,6 +41,26 @@ def _check_warmup(context: click.Context, parameter: click.Parameter, words: tup
     return words
 
 
+REBALANCE: OptionTable = [
+    (
+        ("--rebalance",),
+        {
+            "type": click.Choice(["off", "advise", "auto"]),
+            "default": "off",
+            "help": "Watch for devices that have become slower or faster: advise says what another cut of the model "
+            "would gain, and auto changes to it while requests go on.",
+        },
+    ),
+    (
+        ("--rebalance-gain",),
+        {
+            "type": NumberParam(0.1, 1000),
+            "default": 15.0,
+            "metavar": "PERCENT",
+            "help": "With --rebalance: the predicted gain from which a new cut is worth it.",
+        },
+    ),
+]
 ADDRESSES: OptionTable = [
     (("--host",), {"default": "127.0.0.1", "help": "Name or address to listen on. The default serves this host only."}),
     (

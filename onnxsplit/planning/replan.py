@@ -165,19 +165,9 @@ def _target(folder: Path, plan: Plan) -> PlanTarget:
     Raises:
         PlanError: it cannot be planned anew; says why, and what to do.
     """
-    if plan.costs.ops is None or plan.target is None:
-        raise PlanError(
-            f"{folder} was made by a version that did not keep the costs of the ops; partition the model again"
-        )
-    if plan.objective == "memory":
-        raise PlanError(f"{folder} was cut for the objective memory, which the speeds of devices do not change")
-    if plan.target.cut_at:
-        raise PlanError(
-            f"{folder} was cut at the tensors that its user named (--cut-at); partition the model without --cut-at to "
-            "let the cut move"
-        )
-    if any(not stage.device_numbers for stage in plan.stages):
-        raise PlanError(f"{folder} does not say which device each stage is on; partition the model again")
+    if (problem := plan.why_fixed()) is not None:
+        raise PlanError(f"{folder} {problem}")
+    assert plan.target is not None
     return plan.target
 
 

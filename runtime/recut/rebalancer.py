@@ -81,11 +81,11 @@ class Rebalancer:
 
     def _watch(self) -> None:
         try:
-            watch = PlanWatch(self._door.current)
+            watch = self._begin()
             while not self._stopped.wait(_SAMPLE_S):
                 watch.sample()
                 if watch.running is not self._door.current:
-                    watch = PlanWatch(self._door.current)
+                    watch = self._begin()
                     self._swapped()
                 elif watch.seconds >= _LOOK_S:
                     self._look(watch)
@@ -93,6 +93,13 @@ class Rebalancer:
             _log.debug("the pipeline has ended", exc_info=True)
         except Exception:
             _log.exception("drift is not watched any more")
+
+    def _begin(self) -> PlanWatch:
+        """Watch the plan that runs; warn if its model cannot be cut again."""
+        running = self._door.current
+        if (problem := running.plan.why_fixed()) is not None:
+            log_event(_log, logging.WARNING, "no cut of this plan can be advised", why=f"{running.folder} {problem}")
+        return PlanWatch(running)
 
     def _swapped(self) -> None:
         """Requests enter another plan now."""

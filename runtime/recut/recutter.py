@@ -72,7 +72,7 @@ class Recutter:
         """Begin a change.
 
         Raises:
-            RecutRefused: another one is under way.
+            RecutRefused: another one is under way, or the model cannot be planned anew.
             PipelineClosed: the pipeline is closed.
         """
         with self._lock:
@@ -81,7 +81,10 @@ class Recutter:
             if self._machine.state is not RecutPhase.STEADY:
                 self.counts["refused"] += 1
                 raise RecutRefused(f"the plan of this pipeline is being changed already ({self.phase}); wait for that")
-            anew = wish.folder is None and wish.made is None
+            anew, running = wish.folder is None and wish.made is None, self._door.current
+            if anew and (problem := running.plan.why_fixed()) is not None:
+                self.counts["refused"] += 1
+                raise RecutRefused(f"no new plan can be made: {running.folder} {problem}")
             self._machine.go(RecutChange.PLAN if anew else RecutChange.LOAD)
             future: Future[Recut] = Future()
             future.set_running_or_notify_cancel()

@@ -386,6 +386,22 @@ def test_wrong_usage_is_an_object_with_json(onnxsplit):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        (["--rebalance", "sometimes"], "is not one of 'off', 'advise', 'auto'"),
+        (["--rebalance", "auto", "--rebalance-gain", "0"], "0.0 is not in the range"),
+        (
+            ["--rebalance", "auto", "--launcher", "none", "--bind", "tcp://127.0.0.1:*", "--ports", "5556,5557"],
+            "it does not go with --ports: leave --ports out, or choose --rebalance advise",
+        ),
+    ],
+)
+def test_changes_of_the_plan_that_cannot_work_are_wrong_usage(onnxsplit, options, words):
+    assert words in onnxsplit("serve", "m.plan", *options, code=2).stderr
+    assert "--rebalance" not in onnxsplit("run", "--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
         (["--replicas", "x"], "'x' is neither N nor STAGE=N"),
         *((["--replicas", text], f"'{text}' is neither N nor STAGE=N") for text in ("0:4", "4:1", "1:", ":4", "1:2:3")),
         (["--replicas", "1=0:4"], "or a range of such numbers, as 1:4"),
