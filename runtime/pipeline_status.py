@@ -124,6 +124,12 @@ class PipelineStatus:
         return self.entrance.retries
 
     @property
+    def losses(self) -> int:
+        """The number of processes of nodes that were lost, also by plans that ran before."""
+        self.entrance.check_process()
+        return self.entrance.losses
+
+    @property
     def ended(self) -> bool:
         """True when it no longer processes requests: it was closed, or one of its threads has failed."""
         return self._coordinator.ended

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -65,13 +66,13 @@ def command(output: Output, *, pid: int | None, once: bool, every: float) -> Non
     output.result({"pipelines": list(now.values())})
 
 
-def _snapshots(pid: int | None) -> dict[int, Snapshot]:
-    """Snapshots of the pipelines on this host by process."""
+def _snapshots(pid: int | None) -> dict[Path, Snapshot]:
+    """Snapshots of the pipelines on this host by the addresses of their status; a process may have several."""
     from runtime.coordinator.status import ask
     from runtime.home import running
 
-    snapshots = [snapshot for address in running() if (snapshot := ask(address)) is not None]
-    return {snapshot.pid: snapshot for snapshot in snapshots if pid in (None, snapshot.pid)}
+    found = {address: snapshot for address in running() if (snapshot := ask(address)) is not None}
+    return {address: snapshot for address, snapshot in found.items() if pid in (None, snapshot.pid)}
 
 
 def _cause(snapshot: Snapshot) -> str:
@@ -80,10 +81,11 @@ def _cause(snapshot: Snapshot) -> str:
     return which + snapshot.cause.splitlines()[0]
 
 
-def _summary(pid: int, snapshot: Snapshot) -> list[str]:
+def _summary(snapshot: Snapshot) -> list[str]:
     """A line about requests, and one about sequences if the plan has a decoder."""
+    does = f"; {snapshot.role}" if snapshot.role else ""
     lines = [
-        f"{snapshot.plan}  (process {pid}, {snapshot.state}): {snapshot.requests} requests, "
+        f"{snapshot.plan}  (process {snapshot.pid}, {snapshot.state}{does}): {snapshot.requests} requests, "
         f"{snapshot.in_flight} in flight, {snapshot.waiting} waiting for a node, {snapshot.retries} retried"
     ]
     if snapshot.sequences is not None:
@@ -127,7 +129,7 @@ def _rows(before: Snapshot | None, now: Snapshot) -> list[tuple[Cell, ...]]:
     return rows
 
 
-def _tables(before: dict[int, Snapshot], now: dict[int, Snapshot], *, room: int | None) -> Group:
+def _tables(before: dict[Path, Snapshot], now: dict[Path, Snapshot], *, room: int | None) -> Group:
     """One table for each pipeline, as wide as the terminal has room; None for any width."""
     from rich.console import Group
     from rich.text import Text
@@ -135,11 +137,11 @@ def _tables(before: dict[int, Snapshot], now: dict[int, Snapshot], *, room: int 
     from onnxsplit.cli.tables import fitted, not_shown
 
     parts: list[RenderableType] = []
-    for pid, snapshot in now.items():
+    for address, snapshot in now.items():
         if snapshot.cause:
             parts.append(Text(_cause(snapshot), style="red"))
-        parts += map(Text, _summary(pid, snapshot))
-        rows = _rows(before.get(pid), snapshot)
+        parts += map(Text, _summary(snapshot))
+        rows = _rows(before.get(address), snapshot)
         table, dropped = fitted(_COLUMNS, rows, room=room, may_go=_MAY_GO, left=_LEFT)
         parts.append(table)
         if dropped:

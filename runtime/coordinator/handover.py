@@ -19,6 +19,8 @@ class Handover:
 
     Attributes:
         listening: gives the coordinator's control address as soon as it listens there, before any node is ready.
+        role: which plan of the process this coordinator runs, and whether it takes new requests; empty where it is the
+            only one. It is told to users.
     """
 
     def __init__(self, inbox: Inbox) -> None:
@@ -27,6 +29,7 @@ class Handover:
         self._awaited: list[Future[None]] = []
         self._over: PipelineError | None = None
         self.listening: Future[str] = Future()
+        self.role = ""
 
     @property
     def lost_successors(self) -> tuple[str, ...]:

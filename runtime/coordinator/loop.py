@@ -75,7 +75,7 @@ class Coordinator:
         profiles: the profiles of the nodes' sessions, by slot; filled when the coordinator closes, if requested.
         limits: the limits of sequences; None where the plan has no decoder.
         ranges: the allowed numbers of nodes of every stage.
-        handover: where it listens, and which successors of its nodes were lost.
+        handover: where it listens, its role beside another one, and which successors of its nodes were lost.
     """
 
     def __init__(self, setup: Setup) -> None:
@@ -373,8 +373,8 @@ class Coordinator:
 
     def _snapshot(self) -> Snapshot:
         with self.requests.lock:
-            folder, count = self._setup.folder, self.requests.count
-            return snapshot(folder, self._machine, count, self._stats(), self.ranges, time.monotonic_ns())
+            folder, count, role = self._setup.folder, self.requests.count, self.handover.role
+            return snapshot(folder, self._machine, count, self._stats(), self.ranges, time.monotonic_ns(), role)
 
     def _finish(self, failure: BaseException | None) -> None:
         """Answer all requests and resolve all futures, even if a step fails."""

@@ -174,6 +174,7 @@ class Snapshot(Struct, frozen=True):
         nodes: the statistics of each node.
         stages: the number of nodes of each stage.
         sequences: the statistics of sequences; None where the plan has no decoder.
+        role: which plan of the process this is, and whether it takes new requests; empty where it is the only one.
     """
 
     plan: str
@@ -189,6 +190,7 @@ class Snapshot(Struct, frozen=True):
     nodes: tuple[NodeStats, ...]
     stages: tuple[StageReplicas, ...] = ()
     sequences: SequenceStats | None = None
+    role: str = ""
 
 
 def node_stats(roster: Roster, queues: Mapping[int, int], providers: Sequence[str]) -> tuple[NodeStats, ...]:
@@ -277,6 +279,7 @@ def snapshot(
     stats: Sequence[NodeStats],
     ranges: Sequence[ReplicaRange],
     now_ns: int,
+    role: str = "",
 ) -> Snapshot:
     """The status of the pipeline of this process.
 
@@ -287,6 +290,7 @@ def snapshot(
         stats: the statistics of every slot.
         ranges: the allowed numbers of nodes of every stage.
         now_ns: the time, by the host's monotonic clock.
+        role: what this pipeline does beside another one.
     """
     roster = machine.roster
     causes = [*machine.links.stories.values(), *(incident.story for incident in roster.incidents)]
@@ -304,6 +308,7 @@ def snapshot(
         nodes=tuple(msgspec.structs.replace(node, times={}, by_cost={}) for node in stats),
         stages=stage_replicas(roster, ranges),
         sequences=sequence_stats(machine.sequences),
+        role=role,
     )
 
 

@@ -73,6 +73,7 @@ class Door:
         self._lock = threading.Lock()  # held to change the plans, and never while a request enters
         self._numbers = itertools.count(first.number + 1)
         self._past_retries = 0
+        self._past_losses = 0
         self._past_incidents: list[Incident] = []
         self._loop: _LoopTakers | None = None
 
@@ -142,6 +143,12 @@ class Door:
             return self._past_retries + sum(running.coordinator.retries for running in self.plans)
 
     @property
+    def losses(self) -> int:
+        """The number of processes of nodes that were lost, by all plans."""
+        with self._lock:
+            return self._past_losses + sum(map(_losses, self.plans))
+
+    @property
     def incidents(self) -> tuple[Incident, ...]:
         """The lost nodes and dead links of all plans, oldest first, at most a hundred."""
         with self._lock:
@@ -165,6 +172,7 @@ class Door:
         with self._lock:
             if not self._closed:
                 self.plans = (*self.plans, running)
+                self._tell_roles()
             return not self._closed
 
     def remove(self, running: RunningPlan) -> None:
@@ -172,11 +180,14 @@ class Door:
         assert running is not self.current
         if self._loop is not None:
             self._loop.remove(running)
+        losses = _losses(running)
         running.close()
         with self._lock:
             if running in self.plans:
                 self.plans = tuple(one for one in self.plans if one is not running)
+                self._tell_roles()
                 self._past_retries += running.coordinator.retries
+                self._past_losses += losses
                 self._past_incidents += running.coordinator.incidents
                 del self._past_incidents[:-_MOST_INCIDENTS]
 
@@ -194,7 +205,15 @@ class Door:
             running.entrance.forget({cut.tensor for cut in former.cuts})
             self.current = running
             self.admission.resize(*running.limits)
+            self._tell_roles()
             return True
+
+    def _tell_roles(self) -> None:
+        """Tell the coordinators which of them takes new requests, for ``onnxsplit status``."""
+        for running in self.plans:
+            takes = "takes new requests" if running is self.current else "takes no new requests"
+            role = f"plan {running.number}, which {takes}" if len(self.plans) > 1 else ""
+            running.coordinator.handover.role = role
 
     def close(self) -> None:
         """End all plans, at once."""
@@ -220,6 +239,11 @@ class Door:
             self._loop = _LoopTakers()
             self._loop.add(self.current)
             return os.dup(self._loop.fileno()), self._loop.take
+
+
+def _losses(running: RunningPlan) -> int:
+    """The number of processes of a plan's nodes that were lost."""
+    return sum(node.restarts for node in running.coordinator.stats())
 
 
 class _LoopTakers:
