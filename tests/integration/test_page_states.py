@@ -293,3 +293,50 @@ def test_a_failed_request_is_listed_as_such(told):
     page.click(".slow button >> nth=1")
     assert "failed: timeout" in page.locator(".slow button").nth(1).inner_text()
     assert page.inner_text(".timeline .summary") == "It failed after 40 ms: late"
+
+
+WATCHED = "device h1 runs at 0.52 of its speed; a new cut would answer 1.46 times as many requests"
+
+
+@pytest.mark.parametrize(
+    ("recut", "generation", "words"),
+    [
+        (None, 1, ""),
+        ({"phase": "steady", "last": "", "advice": WATCHED}, 1, f"Watched for a better cut: {WATCHED}."),
+        (
+            {"phase": "loading", "last": "", "advice": WATCHED},
+            1,
+            "The plan is being changed: the nodes of another plan start beside those that serve.",
+        ),
+        (
+            {"phase": "steady", "last": "the plan that was asked for stays", "advice": ""},
+            2,
+            "Last change of the plan: the plan that was asked for stays. Plan 2 serves.",
+        ),
+        (
+            {"phase": "proving", "last": "it failed.", "advice": ""},
+            1,
+            "The plan is being changed: the new plan takes the requests, and is compared with the old one.\n"
+            "Last change of the plan: it failed.",
+        ),
+    ],
+)
+def test_what_a_new_cut_would_gain_and_what_is_done_is_one_line_each(told, recut, generation, words):
+    page = told(of_plan={"generation": generation}, recut=recut, generation=generation)
+    assert page.locator(".recut").is_hidden() == (not words)
+    assert page.locator(".recut").inner_text() == words
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1200])
+def test_a_long_reason_for_a_change_fits(told, width, scheme):
+    recut = {"phase": "steady", "last": "x" * 300, "advice": f"{WATCHED}; {'word ' * 60}"}
+    page = told(recut=recut, options={"viewport": (width, 800), "color_scheme": scheme})
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    colours = page.evaluate("[...document.querySelectorAll('.recut, footer')].map(one => getComputedStyle(one).color)")
+    assert colours[0] == colours[1], "as other text beside the main one"
+
+
+def test_nodes_of_another_plan_are_not_drawn_on_this_one(told):
+    page = told(nodes=nodes_of(GRAPHS["three branches"]), generation=2)
+    assert page.locator(".graph .box").count() == 0, "the plan of these nodes follows"

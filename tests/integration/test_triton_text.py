@@ -357,7 +357,7 @@ def test_the_dashboard_shows_metrics_that_exist(server):
     completed(server)
     text = server.ask("/metrics")[2].decode()
     dashboard = (Path(__file__).parents[2] / "docs" / "grafana.json").read_text()
-    names = set(re.findall(r"onnxsplit_\w+", dashboard))
+    names = set(re.findall(r"onnxsplit_\w+", dashboard)) - {"onnxsplit_drift_ratio"}  # only with --rebalance
     assert len(names) > 20
     assert {name for name in names if not re.search(rf"^{name}[ {{]", text, re.MULTILINE)} == set()
 

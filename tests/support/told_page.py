@@ -27,17 +27,23 @@ def model(nodes: Sequence[dict[str, Any]], **changes: Any) -> dict[str, Any]:
         "name": "told", "version": "1", "state": "ready", "reason": "", "ready": True, "per_s": 20.0, "answered": 1200,
         "p50_ns": 4 * MS, "p99_ns": 9 * MS, "last_ms": NOW_MS, "failures": {}, "waiting": 0, "inside": 1, "retries": 0,
         "losses": 0, "loss": None, "nodes": list(nodes), "text": None, "now": [NOW_MS, 21.0, 9 * MS], "bin": None,
-        "slowest": 0, **changes,
+        "slowest": 0, "generation": 1, "recut": None, **changes,
     }  # fmt: skip
 
 
 def plan(
-    edges: Sequence[tuple[int, int]], *, estimated: bool = False, predicted_ns: int = MS, replicas: str = ""
+    edges: Sequence[tuple[int, int]],
+    *,
+    estimated: bool = False,
+    predicted_ns: int = MS,
+    replicas: str = "",
+    generation: int = 1,
 ) -> dict[str, Any]:
     """A plan whose stages are connected by ``edges``; -1 stands for the caller. ``replicas`` is the stages' range."""
     stages = sorted({stage for edge in edges for stage in edge} - {-1})
     return {
-        "name": "told", "version": "1", "estimated": estimated, "inputs": ["x"], "outputs": ["y"],
+        "name": "told", "version": "1", "generation": generation, "estimated": estimated,
+        "inputs": ["x"], "outputs": ["y"],
         "stages": [{"index": stage, "predicted_ns": predicted_ns, "replicas": replicas} for stage in stages],
         "edges": [
             {"from": source, "to": target, "bytes": 0 if -1 in (source, target) else 1_500_000}

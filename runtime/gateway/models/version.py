@@ -29,6 +29,7 @@ from runtime.gateway.protocol.documents import VersionState
 from runtime.gateway.protocol.inference import DATATYPES, InferRequest, RequestedOutput, SequencePlace
 from runtime.gateway.sequences import SequenceOptions, Sequences, SequenceStep
 from runtime.pipeline import Pipeline
+from runtime.recut.running_plan import RunningPlan
 from runtime.text.text import Text
 
 _STAGE_DIGITS = 6
@@ -61,7 +62,8 @@ class Version:
         text: Completes texts; None when it is not loaded, and where the plan has no decoder or no tokenizer.
         text_problem: Why a loaded plan with a tokenizer has no text; empty when it has.
         text_figures: Figures of the texts since the server started.
-        fingerprint: Names what completes the texts: this package's version and the identity of the plan.
+        fingerprint: Names what answers: this package's version and the identity of the plan that was loaded. It stays
+            when the plan changes, because the model is the same; so do cached responses.
         grace: For how long probes are told that it is ready while a stage has no node.
     """
 
@@ -81,6 +83,11 @@ class Version:
     text_figures: RequestFigures = field(default_factory=RequestFigures)
     fingerprint: str = ""
     grace: ReadyGrace = field(default_factory=ReadyGrace)
+
+    @property
+    def running(self) -> RunningPlan | None:
+        """The plan that takes requests, with its nodes; None when none is loaded."""
+        return self.pipeline.entrance.current if self.pipeline is not None else None
 
     def open_text(self) -> None:
         """Open the text of the pipeline that has started. Where that fails, the model serves tensors without it."""
@@ -148,9 +155,10 @@ class Version:
         return self.pipeline.trouble
 
     def _stages_without_node(self) -> list[int]:
-        assert self.pipeline is not None
-        up = {node.stage for node in self.pipeline.nodes if node.state == "ready"}
-        return [stage.index for stage in self.plan.stages if stage.index not in up]
+        running = self.running
+        assert running is not None
+        up = {node.stage for node in running.coordinator.nodes() if node.state == "ready"}
+        return [stage.index for stage in running.plan.stages if stage.index not in up]
 
     def requested(self, request: InferRequest) -> tuple[RequestedOutput, ...]:
         """The outputs that a request asks for, in its order.

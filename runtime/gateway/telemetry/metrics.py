@@ -1,7 +1,7 @@
 """Metrics for Prometheus: Triton's, which existing dashboards show, and our own.
 
 Ours keep Prometheus' rules: base units, ``_total`` on counters, and only labels with few values (model, version, stage,
-replica, reason). The metrics of models with text are in :mod:`runtime.gateway.telemetry.text_metrics`.
+replica, device, reason, result). The metrics of models with text are in :mod:`runtime.gateway.telemetry.text_metrics`.
 """
 
 from __future__ import annotations
@@ -78,6 +78,7 @@ class _Collector(Collector):
         yield from text_metrics.metrics(versions, nodes, self._sampler.text_times)
         yield from self._cache(versions)
         yield from _replicas(versions)
+        yield from _recuts(versions)
         yield from self._nodes(nodes)
         yield from _services(self._sampler.service.pools)
 
@@ -248,6 +249,19 @@ _REPLICAS: tuple[tuple[str, str, Callable[[StageReplicas], int]], ...] = (
     ("onnxsplit_stage_replicas_min", "The fewest nodes that the load may leave the stage.", lambda s: s.least),
     ("onnxsplit_stage_replicas_max", "The most nodes that the load may give the stage.", lambda s: s.most),
 )
+
+
+def _recuts(versions: Sequence[Version]) -> Iterator[Metric]:
+    """How the plans of models were changed, and the drift of devices where that is watched."""
+    rows = [((v.model, v.number), v.pipeline.recuts) for v in versions if v.pipeline is not None]
+    number = [(labels, float(recuts.generation)) for labels, recuts in rows]
+    yield gauge("onnxsplit_generation", "Number of the plan that runs; 1 when the model is loaded.", _MODEL, number)
+    results = [((*labels, result), float(n)) for labels, recuts in rows for result, n in recuts.results.items()]
+    yield counter("onnxsplit_recuts", "Changes of the plan that have ended, by result.", (*_MODEL, "result"), results)
+    drift = [((*labels, device), ratio) for labels, recuts in rows for device, ratio in recuts.drift.items()]
+    if drift:
+        text = "Time of the device's stages over their usual time, compared with the other devices."
+        yield gauge("onnxsplit_drift_ratio", text, (*_MODEL, "device"), drift)
 
 
 def _buckets(counts: Sequence[int]) -> list[tuple[str, float]]:

@@ -76,10 +76,12 @@ class Sampler:
         self._send(b"")
 
     def _send(self, event: bytes) -> None:
-        """Send an event to all listeners. A listener that reads too slowly loses its oldest events."""
+        """Send an event to all listeners. One that reads too slowly loses older events, and gets the plans again."""
         for listener in self._listeners:
             if listener.full():
-                listener.get_nowait()
+                while not listener.empty():
+                    listener.get_nowait()
+                listener.put_nowait(self._plans())
             listener.put_nowait(event)
 
     async def _run(self) -> None:

@@ -68,6 +68,20 @@ class LossView(Struct, frozen=True):
     story: str
 
 
+class RecutView(Struct, frozen=True):
+    """How the plan of a model was changed, and what would be gained by another change.
+
+    Attributes:
+        phase: What is being done: steady, planning, loading, warming, swapped, proving or ended.
+        last: What became of the last change; empty before the first.
+        advice: What another cut would gain, or why nothing is known; empty where that is not watched.
+    """
+
+    phase: str
+    last: str
+    advice: str
+
+
 class ModelView(Struct, frozen=True):
     """A version of a model. Rates and percentiles are those of the last minute.
 
@@ -87,6 +101,8 @@ class ModelView(Struct, frozen=True):
         now: The last second, as a point of a chart.
         bin: The last ten seconds that are over, as a point of a chart.
         slowest: A number that changes whenever the slowest requests do.
+        generation: The number of the plan whose nodes these are; 0 where the model is not loaded.
+        recut: Changes of the plan; None where there was none and none is watched for.
     """
 
     name: str
@@ -110,6 +126,8 @@ class ModelView(Struct, frozen=True):
     now: Point
     bin: Point | None
     slowest: int
+    generation: int
+    recut: RecutView | None
 
 
 class View(Struct, frozen=True):
@@ -146,7 +164,7 @@ class ModelSlowest(Struct, frozen=True):
 
 
 class StageView(Struct, frozen=True):
-    """What does not change of a stage while its plan is loaded.
+    """What does not change of a stage while its plan runs.
 
     Attributes:
         predicted_ns: Time of a request that the plan predicts.
@@ -167,13 +185,15 @@ class EdgeView(Struct, frozen=True, rename={"source": "from", "target": "to"}):
 
 
 class PlanView(Struct, frozen=True):
-    """The part of a version that does not change while it is loaded.
+    """The part of a version that does not change while a plan of it runs.
 
-    ``estimated`` says that the predictions rest on arithmetic, not on measured times.
+    ``estimated`` says that the predictions rest on arithmetic, not on measured times. ``generation`` is the number of
+    the plan, as in :class:`ModelView`.
     """
 
     name: str
     version: str
+    generation: int
     estimated: bool
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
@@ -183,9 +203,10 @@ class PlanView(Struct, frozen=True):
 
 def plan_view(version: Version) -> PlanView:
     """The plan of a version, for the page."""
-    plan = version.plan
-    pipeline = version.pipeline
-    ranges = {s.stage: f"{s.least}–{s.most}" for s in (pipeline.replicas if pipeline else ()) if s.least < s.most}  # noqa: RUF001
+    running = version.running
+    plan = running.plan if running is not None else version.plan
+    replicas = running.coordinator.replicas() if running is not None else ()
+    ranges = {s.stage: f"{s.least}–{s.most}" for s in replicas if s.least < s.most}  # noqa: RUF001
     edges: dict[tuple[int, int], int] = {}
     for stage in plan.stages:
         if set(stage.inputs) & set(plan.inputs):
@@ -196,6 +217,7 @@ def plan_view(version: Version) -> PlanView:
     return PlanView(
         name=version.model,
         version=version.number,
+        generation=running.number if running is not None else 0,
         estimated=plan.costs.source == "analytic",
         inputs=plan.inputs,
         outputs=plan.outputs,

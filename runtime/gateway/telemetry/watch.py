@@ -19,8 +19,11 @@ from runtime.gateway.telemetry.views import (
     ModelSlowest,
     ModelView,
     NodeView,
+    RecutView,
     TextView,
 )
+from runtime.pipeline_control import Recuts
+from runtime.recut.running_plan import RunningPlan
 
 
 class _NodeWatch:
@@ -62,6 +65,10 @@ class _TextWatch:
         self._times = times
         self._steps, self._first_token, self._gap = LastMinute(), LastMinute(), LastMinute()
 
+    def begin_anew(self) -> None:
+        """Forget the counts of steps, because another coordinator counts now."""
+        self._steps = LastMinute()
+
     def view(self, version: Version, nodes: tuple[NodeStats, ...], now_ns: int) -> TextView | None:
         sequences = version.pipeline.sequences if version.pipeline is not None and version.text is not None else None
         if sequences is None:
@@ -98,7 +105,7 @@ class Watch:
         self._slowest: list[Timeline] = []
         self._slowest_changes = 0
         self._nodes: dict[tuple[int, int], _NodeWatch] = {}
-        self._generation = 0
+        self._running: RunningPlan | None = None
         self._text = _TextWatch(times)
 
     def view(self, now_ns: int, at_ms: int) -> ModelView:
@@ -109,9 +116,11 @@ class Watch:
             at_ms: The same time, in milliseconds since the epoch.
         """
         version, counters, pipeline = self._version, self._version.counters, self._version.pipeline
-        stats = pipeline.stats() if pipeline is not None else ()
-        if pipeline is not None and pipeline.recuts.generation != self._generation:
-            self._generation, self._nodes = pipeline.recuts.generation, {}  # the nodes are others now
+        running = version.running
+        stats = running.coordinator.stats() if running is not None else ()
+        if running is not self._running:  # the nodes are others now, and their counts began anew
+            self._running, self._nodes = running, {}
+            self._text.begin_anew()
         failures = tuple(counters.failures[reason] for reason in FAILURE_REASONS)
         part = self._minute.update(now_ns, (counters.success.count, *failures), counters.times)
         self._keep_slowest(now_ns, at_ms)
@@ -132,13 +141,15 @@ class Watch:
             waiting=len(version.batcher.queue) if version.batcher is not None else 0,
             inside=version.batcher.executing if version.batcher is not None else 0,
             retries=pipeline.retries if pipeline is not None else 0,
-            losses=sum(node.restarts for node in stats),
+            losses=pipeline.losses if pipeline is not None else 0,
             loss=self._loss(now_ns, at_ms),
             nodes=self._node_views(stats, now_ns),
             text=self._text.view(version, stats, now_ns),
             now=self._history.add(at_ms, part, part.totals[0]),
             bin=self._history.hour[-1] if self._history.hour else None,
             slowest=self._slowest_changes,
+            generation=running.number if running is not None else 0,
+            recut=_recut_view(pipeline.recuts) if pipeline is not None else None,
         )
 
     def _failures(self) -> dict[str, FailureView]:
@@ -184,6 +195,13 @@ class Watch:
         taken = (timeline(one, 1_000_000 * at_ms - now_ns, edges) for one in self._version.counters.slowest.take())
         self._slowest = slowest_of_minute((*self._slowest, *taken), now_ns)
         self._slowest_changes += self._shown() != before
+
+
+def _recut_view(recuts: Recuts) -> RecutView | None:
+    """How a plan was changed; None where it never was, is not just now, and is not watched."""
+    if recuts.phase == "steady" and not (recuts.last or recuts.advice):
+        return None
+    return RecutView(recuts.phase, recuts.last, recuts.advice)
 
 
 def _points(points: deque[Point]) -> tuple[Point, ...]:

@@ -46,10 +46,10 @@
       const parts = {
         root: element("section", { "aria-label": `model ${model.name}`, "data-model": model.name }),
         title: element("h2"), figures: element("div", { class: "figures" }), text: element("div", { class: "figures text" }), trouble: element("p", { class: "trouble" }),
-        quiet: element("p", { class: "hint quiet" }), chart: chart.make(), slowest: slowest.make(), seen: -1, sizes: new Map(),
+        quiet: element("p", { class: "hint quiet" }), recut: element("p", { class: "hint recut" }), generation: 0, chart: chart.make(), slowest: slowest.make(), seen: -1, sizes: new Map(),
         graph: element("div", { class: "graph" }), detail: element("p", { class: "hint detail" }), nodes: element("div", { class: "wide nodes" }),
       };
-      parts.root.append(parts.title, parts.trouble, parts.quiet, parts.figures, parts.text, parts.chart.root, parts.graph, parts.detail, parts.nodes, parts.slowest.root);
+      parts.root.append(parts.title, parts.trouble, parts.quiet, parts.recut, parts.figures, parts.text, parts.chart.root, parts.graph, parts.detail, parts.nodes, parts.slowest.root);
       sections.set(id, parts);
       by("models").append(parts.root);
     }
@@ -152,6 +152,22 @@
       model.loss && !recent && `A node was lost ${ago(at_ms - model.loss.at_ms)}: ${story}`].filter(Boolean));
   };
 
+  // ---- changes of the plan
+  const DOING = {
+    planning: "another cut of the model is being planned",
+    loading: "the nodes of another plan start beside those that serve",
+    warming: "the answers of both plans are compared",
+    swapped: "requests enter the new plan, and the old one answers those that it has",
+    proving: "the new plan takes the requests, and is compared with the old one",
+  };
+  const sentence = (said) => `${said}.`.replace(/[.]+$/, ".");
+  const showRecut = (model, parts) => {
+    const { phase, last, advice } = model.recut || {};
+    lines(parts.recut, [
+      DOING[phase] ? `The plan is being changed: ${DOING[phase]}.` : advice && `Watched for a better cut: ${sentence(advice)}`,
+      last && `Last change of the plan: ${sentence(last)}${model.generation > 1 ? ` Plan ${model.generation} serves.` : ""}`].filter(Boolean));
+  };
+
   const showFigures = (model, at_ms, parts) => {
     const idle = isIdle(model), failed = Object.values(model.failures).reduce((sum, failure) => sum + failure.count, 0);
     parts.figures.replaceChildren(
@@ -180,16 +196,21 @@
     const wanted = new Set(view.models.map(key));
     for (const [id, parts] of sections) if (!wanted.has(id)) { parts.chart.remove(); parts.root.remove(); sections.delete(id); }
     for (const model of view.models) {
-      const plan = plans.get(key(model));
+      const known = plans.get(key(model)), plan = known && known.generation === model.generation ? known : undefined; // else it follows
       const parts = section(model);
       parts.title.replaceChildren(`${model.name} `, element("span", { class: "hint" }, `version ${model.version} `),
         element("span", { class: "pill " + (model.ready ? "good" : "bad") }, model.ready ? "ready" : model.state === "ready" ? "not ready" : model.state));
       showTrouble(model, plan, view.at_ms, parts);
       showFigures(model, view.at_ms, parts);
+      showRecut(model, parts);
       showText(model.text, parts.text);
+      if (parts.generation !== model.generation) { // the nodes are others now
+        if (parts.generation) for (const name of [...rates.keys()]) if (name.startsWith(`${key(model)}/`)) rates.delete(name);
+        parts.generation = model.generation; parts.sizes.clear(); parts.detail.textContent = "";
+      }
       for (const node of model.nodes) remember(`${key(model)}/${node.stage}.${node.replica}`, node.now_per_s);
       parts.chart.add(model);
-      parts.graph.hidden = parts.nodes.hidden = !plan || !model.nodes.length;
+      parts.graph.hidden = parts.nodes.hidden = !known || !model.nodes.length;
       if (plan && model.nodes.length) { drawGraph(model, plan, parts); drawNodes(model, plan, parts); }
       showSlowest(model, parts);
     }
