@@ -32,6 +32,7 @@ DRAWINGS = {
     "docs/architecture.md": 3,
     "docs/cutting.md": 1,
     "docs/decoders.md": 1,
+    "docs/recut.md": 1,
     "docs/running.md": 1,
     "docs/serving.md": 1,
 }
