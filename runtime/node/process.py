@@ -375,8 +375,7 @@ class NodeProcess:
             case ReportFailure(message):
                 worker.report(message)
             case Load(assign):
-                self.had_place = True
-                options = self._options
+                self.had_place, options = True, self._options
                 if options.provider is not None:
                     assign = msgspec.structs.replace(assign, provider=options.provider)
                 return worker.load(self._files, assign, home=self._home, threads=options.threads)

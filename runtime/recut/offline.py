@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from onnxsplit.plan_files import plan_id, read_plan_file
 from onnxsplit.session import quiet_environment, without_interrupts
-from runtime.errors import RecutFailed
+from runtime.errors import RecutFailed, RecutRefused
 from runtime.recut.gain import StageTimes
 from runtime.recut.plan_folder import PlanFolder
 
@@ -53,6 +54,7 @@ class Replan:
 
 def replan(
     folder: Path,
+    identity: str,
     *,
     speeds: Mapping[str, float],
     stage_times_ns: Sequence[int] | None,
@@ -62,13 +64,17 @@ def replan(
 
     Args:
         folder: the plan directory.
+        identity: the identity of the plan, as it runs.
         speeds: the speeds of devices, relative to when the plan was made.
         stage_times_ns: times of the plan's stages at full speed; None for those of the plan.
         stopped: tells that the plan is not wanted any more.
 
     Raises:
+        RecutRefused: another plan is in the directory now.
         RecutFailed: no plan could be made; says why.
     """
+    if plan_id(read_plan_file(folder)) != identity:
+        raise RecutRefused(f"another plan was put into {folder} since this one was loaded; change to that, or restart")
     job = {
         "plan": str(folder.resolve()),
         "speeds": dict(speeds),

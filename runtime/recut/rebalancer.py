@@ -135,14 +135,15 @@ class Rebalancer:
         """Plan in a thread, which waits for a process of low priority."""
         self._drop()
         future: Future[Replan] = Future()
-        folder = self._door.current.folder
+        running = self._door.current
         self._planning, self._wanted = future, wanted
 
         def plan() -> None:
             try:
                 future.set_result(
                     replan(
-                        folder,
+                        running.folder,
+                        running.plan_id,
                         speeds=wanted.speeds,
                         stage_times_ns=wanted.stage_times_ns,
                         stopped=self._stopped.is_set,

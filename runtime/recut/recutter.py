@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from onnxsplit.errors import OnnxsplitError, PlanError, one_line
-from onnxsplit.plan_files import load_plan, plan_id
+from onnxsplit.plan_files import load_plan, plan_id, read_plan_file
 from runtime.errors import LaunchFailed, PipelineClosed, PipelineError, RecutFailed, RecutRefused
 from runtime.logs import log_event
 from runtime.recut.beside import PlanBeside, take_over
@@ -184,7 +184,7 @@ class Recutter:
             plan = load_plan(folder)
         except PlanError as error:
             raise RecutRefused(str(error)) from error
-        change.new_id = plan_id(plan.to_json())
+        change.new_id = plan_id(read_plan_file(folder))
         if (problem := why_another_model(old.plan, plan)) is not None:
             raise RecutRefused(f"{folder} is a plan of another model: {problem}")
         with change.timed("loading"), RequestSamples(old) as samples:
@@ -222,7 +222,7 @@ class Recutter:
             if speeds is None:
                 assert change.before is not None
                 speeds, times = measured(old.plan, change.before, _SETTINGS)
-            made = replan(old.folder, speeds=speeds, stage_times_ns=times, stopped=self._stopped.is_set)
+            made = replan(old.folder, old.plan_id, speeds=speeds, stage_times_ns=times, stopped=self._stopped.is_set)
         change.remove_plan = made.close
         change.seconds = replace(change.seconds, planning=made.seconds)
         change.predicted_gain = made.gain
