@@ -194,3 +194,18 @@ def test_places_of_requests_that_nobody_waits_for_pass_on_however_many_there_are
     entrance.leave("a")
     assert log == ["last"]
     assert entrance.inside == 1
+
+
+def test_requests_that_wait_enter_when_the_limit_is_raised():
+    admission = Admission(1, 100)
+    first, second, admitted = object(), object(), []
+    assert admission.enter(first, 1)
+    assert not admission.join(second, 1, lambda: admitted.append(second) or True)
+    assert admission.is_full
+    admission.resize(2)
+    assert admitted == [second]
+    assert admission.inside == 2
+    admission.resize(1)  # those that were admitted stay
+    assert admission.inside == 2
+    admission.leave(first)
+    assert not admission.enter(first, 1, block=False)
