@@ -229,11 +229,10 @@ class Pipeline(PipelineControl):
         self.entrance.check_process()
         for stop in self._stops:  # the plan does not change any more
             stop()
-        drained = [running.coordinator.drain() for running in self.entrance.plans]
+        drained = [running.coordinator.drain() for running in self.entrance.plans if running.has_served]
         if wait(drained, None if limit_ns is None else limit_ns / 1e9).not_done:
             raise TimeoutError(f"requests were not answered in {timeout} s; they go on")
-        for each in drained:
-            each.result()
+        drained[-1].result()  # plans that were being replaced may have ended
 
     # Requests
 

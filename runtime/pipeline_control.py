@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onnxsplit.errors import InputError, shown
+from onnxsplit.numbers import real_problem
 from onnxsplit.plan import Plan
+from runtime.errors import RecutRefused
 from runtime.launching import plan_folder
 from runtime.options import check_scale
 from runtime.pipeline_status import PipelineStatus
 from runtime.recut.change import PlanWish
 from runtime.recut.door import Door
+from runtime.recut.phases import RecutPhase
 from runtime.recut.rebalancer import Rebalancer
 from runtime.recut.recutter import Recutter
 from runtime.recut.result import Recut
@@ -75,12 +78,16 @@ class PipelineControl(PipelineStatus):
 
         New nodes take requests as soon as they are ready. Nodes no longer needed finish their requests and end: those
         that are not ready yet first, then the newest. Where the stage has a range, the load goes on from this number.
+        The number stays when the plan changes to one of as many stages.
 
         Raises:
             InputError: there is no such stage, it would have no node, the number is outside its range, or the pipeline
                 would have too many nodes.
+            RecutRefused: the plan is being changed.
             PipelineClosed: the pipeline was closed.
         """
+        if (phase := self._recutter.phase) not in (RecutPhase.STEADY, RecutPhase.ENDED):
+            raise RecutRefused(f"the plan of this pipeline is being changed ({phase}); scale it when that is over")
         check_scale(self._coordinator.ranges, self._coordinator.planned, stage, replicas)
         self._coordinator.scale(int(stage), int(replicas))
 
@@ -161,7 +168,8 @@ def _speeds(devices: object) -> dict[str, float]:
     if not isinstance(devices, Mapping):
         raise InputError(f"devices must map names to speeds, as in {{'host-a': 0.5}}, not {shown(devices)}")
     for name, speed in devices.items():
-        good = isinstance(speed, int | float) and not isinstance(speed, bool) and 0 < speed <= _MOST_SPEED
-        if not isinstance(name, str) or not good:
-            raise InputError(f"the speed of device {shown(name)} must be a number above 0, not {shown(speed)}")
+        if not isinstance(name, str):
+            raise InputError(f"devices are named by text, as in {{'0': 0.5}}, not by {shown(name)}")
+        if problem := real_problem(f"the speed of device {shown(name)}", speed, _MOST_SPEED):
+            raise InputError(problem)
     return {name: float(speed) for name, speed in devices.items()}

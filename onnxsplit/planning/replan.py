@@ -195,8 +195,12 @@ def _device_speeds(made_for: PlanTarget, speeds: Mapping[str, float]) -> dict[st
 
 def _check_out(out: Path, folder: Path) -> None:
     check_plan_folder(out)
-    if out.resolve() == folder.resolve():
-        raise PlanError(f"the new plan cannot take the place of {folder}, which it is made from; give another -o DIR")
+    new, old = out.resolve(), folder.resolve()
+    if new == old or new in old.parents or old in new.parents:
+        raise PlanError(
+            f"the new plan cannot take the place of {folder}, which it is made from, nor hold it or lie in it; give "
+            "another -o DIR"
+        )
 
 
 def _check_numbers(plan: Plan, stage_times_ns: Sequence[int] | None, least_gain: float) -> None:

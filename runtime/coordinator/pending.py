@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
 
 from onnxsplit.errors import one_line
 from onnxsplit.tensors import Array
 from runtime.coordinator.answers import Answer, Done
 from runtime.coordinator.events import Enter
+from runtime.coordinator.request_record import OpenRequest
 from runtime.errors import PipelineError
-from runtime.memory.outgoing import Outgoing
+from runtime.memory.outgoing import Attempt, Outgoing
 
 _WORDS = 500
 
@@ -33,6 +38,37 @@ class Pending:
     placed: bool = False
     enter: Enter | None = None
     outputs: dict[str, Array] = field(default_factory=dict)
+
+
+class Moved(NamedTuple):
+    """A request that another plan is to answer: its inputs, what it asks for, its cost, deadline and callback."""
+
+    inputs: dict[str, Array]
+    wanted: tuple[str, ...]
+    cost: int
+    deadline_ns: int | None
+    done: Done
+
+
+def moved_request(pending: Pending, asked: OpenRequest | None, outputs: Collection[str]) -> Moved | None:
+    """A request with copies of its inputs; None if they are not placed, or if it asks for more than these outputs."""
+    if asked is None or not pending.placed or not set(outputs).issuperset(asked.wanted):
+        return None
+    inputs = {name: np.array(array) for name, array in pending.outgoing.arrays.items()}
+    return Moved(inputs, asked.wanted, asked.cost, asked.deadline_ns, pending.done)
+
+
+def attempt_of(enter: Enter, now_ns: int) -> Attempt:
+    """What the fragments of an attempt that begins now have in common."""
+    return Attempt(
+        request=enter.request,
+        attempt=enter.attempt,
+        view=enter.view,
+        cost=enter.cost,
+        budget_ns=0 if enter.deadline_ns is None else max(1, enter.deadline_ns - now_ns),
+        route=enter.route,
+        wanted=enter.wanted,
+    )
 
 
 def ignore(_: Answer) -> None:

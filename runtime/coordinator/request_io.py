@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from runtime.coordinator.data_links import DataLinks
 from runtime.coordinator.events import CoordinatorEvent, Enter, GivenUp, Returned, Submitted, Unsendable
 from runtime.coordinator.inbox import Inbox
 from runtime.coordinator.interpreter import RequestEffects
-from runtime.coordinator.pending import Pending, ignore, unsendable
+from runtime.coordinator.pending import Moved, Pending, attempt_of, ignore, moved_request, unsendable
 from runtime.coordinator.sequence_events import Emit, EnterStep, Finish, SequenceSubmitted, StepReturned
 from runtime.coordinator.sequence_io import SequenceIO
 from runtime.coordinator.state import CoordinatorState
@@ -30,7 +30,6 @@ from runtime.coordinator.token_stream import TokenStream
 from runtime.errors import PipelineClosed, PipelineError
 from runtime.logs import log_event
 from runtime.memory.layouts import OutputShapes, shapes_of
-from runtime.memory.outgoing import Attempt
 from runtime.memory.payloads import Payloads
 from runtime.topology import sources
 from runtime.trace import RequestTrace
@@ -63,6 +62,7 @@ class RequestIO(RequestEffects):
         inbox: passes events and calls to the coordinator's thread.
         stopped: whether sending has stopped.
         ended: whether all requests have ended, and no more are accepted.
+        count: the number of requests so far.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class RequestIO(RequestEffects):
         }
         self._sender = links.sender
         self._pending: dict[int, Pending] = {}
-        self._count = 0
+        self.count = 0
 
     def submit(
         self,
@@ -117,7 +117,7 @@ class RequestIO(RequestEffects):
         try:
             with self.lock:
                 number = self._machine.numbers.next()
-                self._count += 1
+                self.count += 1
                 if self.stopped:
                     self.answers.add(done, Answer({}, self.reason))
                     pending = None
@@ -178,6 +178,20 @@ class RequestIO(RequestEffects):
             self._pending.pop(number, None)
             pending.outgoing.drop()  # also where it was lent: perhaps nobody was told, and a reader notices
         self._mend()
+
+    def take_out(self, outputs: Collection[str]) -> list[Moved]:
+        """Give up the requests that ask for nothing but these outputs, without an answer, so that others answer them.
+
+        Nobody may submit requests meanwhile. Those whose inputs are not held to be sent again stay.
+        """
+        taken = []
+        with self.lock:
+            for number, pending in list(self._pending.items()) if self._replay else ():
+                if moved := moved_request(pending, self._machine.requests.asked(number), outputs):
+                    taken.append(moved)
+                    pending.done = ignore
+                    self.handle(GivenUp(number))
+        return taken
 
     def _mend(self) -> None:
         """Repair the shared memory after an interrupt, while the lock is held."""
@@ -307,16 +321,7 @@ class RequestIO(RequestEffects):
 
     def _send(self, pending: Pending, enter: Enter) -> None:
         """Send a request's inputs to the nodes of its route, while the lock is held."""
-        outgoing = pending.outgoing
-        attempt = Attempt(
-            request=enter.request,
-            attempt=enter.attempt,
-            view=enter.view,
-            cost=enter.cost,
-            budget_ns=0 if enter.deadline_ns is None else max(1, enter.deadline_ns - time.monotonic_ns()),
-            route=enter.route,
-            wanted=enter.wanted,
-        )
+        outgoing, attempt = pending.outgoing, attempt_of(enter, time.monotonic_ns())
         readers = self._sender.readers(self._entrances.items(), attempt, outgoing)
         self._sender.send(readers, attempt, outgoing, CALLER, keep=True)
         if not self._replay:
@@ -352,11 +357,6 @@ class RequestIO(RequestEffects):
     def reason(self) -> PipelineError:
         """Why no more requests are taken."""
         return self._reason or self._machine.error or PipelineClosed("the pipeline was closed")
-
-    @property
-    def count(self) -> int:
-        """The number of requests so far."""
-        return self._count
 
     @property
     def beat(self) -> Beat:

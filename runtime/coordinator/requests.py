@@ -126,6 +126,10 @@ class RequestTable:
         """The earliest view in which an attempt under way began; the present one when none is under way."""
         return min((r.view for r in self._requests.values() if not r.waits), default=self._roster.view)
 
+    def asked(self, number: int) -> OpenRequest | None:
+        """What is known of a request; None if it has ended."""
+        return self._requests.get(number)
+
     def attempt(self, number: int) -> int:
         """The attempt at a request that is under way; 0 when there is none."""
         request = self._requests.get(number)

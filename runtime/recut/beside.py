@@ -168,6 +168,9 @@ def _options(old: RunningPlan, plan: Plan, stopped: Callable[[], bool]) -> dict[
             f"this pipeline was launched with replicas by stage, and the new plan has {len(plan.stages)} stages "
             f"instead of {len(old.plan.stages)}; launch it with one number, or with the plan's numbers"
         )
+    counts = old.coordinator.planned
+    if len(plan.stages) == len(counts) and old.scaled and not isinstance(present.replicas, dict):
+        options["replicas"] = dict(enumerate(counts))
     limits = old.coordinator.limits
     return options | {
         "abandoned": stopped,

@@ -203,6 +203,7 @@ class Door:
                 self._loop.add(running)
             former = self.current.plan
             running.entrance.forget({cut.tensor for cut in former.cuts})
+            running.has_served = True
             self.current = running
             self.admission.resize(*running.limits)
             self._tell_roles()

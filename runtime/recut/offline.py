@@ -147,7 +147,9 @@ def _run(what: str, job: Mapping[str, object], stopped: Callable[[], bool]) -> d
             found: dict[str, Any] = json.loads(said)
             return found
         lines = log.read().decode(errors="replace").strip().splitlines()[-_LAST_LINES:]
-        raise RecutFailed(said.decode(errors="replace") or " ".join(lines) or f"the process for {what} was killed")
+        raise RecutFailed(
+            said.decode(errors="replace") or " ".join(lines) or f"the process for {what} was killed; try again"
+        )
 
 
 def _wait(process: subprocess.Popen[bytes], stopped: Callable[[], bool]) -> None:

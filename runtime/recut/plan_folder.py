@@ -6,6 +6,7 @@ import fcntl
 import os
 import secrets
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -48,18 +49,33 @@ class PlanFolder:
             raise
         plan = self._entry / "new.plan"
         self.plan = plan if plan.is_dir() else None
+        self._finalizer = weakref.finalize(self, _remove, self._cache, self._key, self._entry)
 
     def close(self) -> None:
-        """Remove it. Closing twice has the same effect as once."""
-        with suppress(OSError):
-            self._cache.discard(self._entry)
-        self._end()
+        """Remove it. Closing twice has the same effect as once; it is also closed when this process ends."""
+        self._finalizer()
 
     def _end(self) -> None:
-        self._cache.close()
-        for suffix in _SUFFIXES:
-            with suppress(OSError):
-                (self._cache.folder / f"{self._key}{suffix}").unlink()
+        _remove(self._cache, self._key, None)
+
+
+def remove_left_plans() -> None:
+    """Remove the plans that killed processes have left."""
+    cache = LockedCache(cache_folder("recuts"))
+    if cache.folder.is_dir():
+        with suppress(OSError):
+            cache.evict(unused_s=0.0)
+            _remove_locks(cache.folder)
+
+
+def _remove(cache: LockedCache, key: str, entry: Path | None) -> None:
+    if entry is not None:
+        with suppress(OSError):
+            cache.discard(entry)
+    cache.close()
+    for suffix in _SUFFIXES:
+        with suppress(OSError):
+            (cache.folder / f"{key}{suffix}").unlink()
 
 
 def _remove_locks(folder: Path) -> None:

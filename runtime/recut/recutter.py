@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -22,6 +23,7 @@ from runtime.recut.door import Door
 from runtime.recut.gain import verdict
 from runtime.recut.offline import ComparedModels, replan
 from runtime.recut.phases import TRANSITIONS, RecutChange, RecutPhase
+from runtime.recut.plan_folder import remove_left_plans
 from runtime.recut.result import Recut
 from runtime.recut.running_plan import RunningPlan
 from runtime.recut.same_model import why_another_model
@@ -33,6 +35,7 @@ from runtime.transition_table import Machine
 _log = logging.getLogger("runtime.recut")
 _SETTINGS = DriftSettings()
 _WATCH_S = 10.0  # the most seconds to look at what a plan does, where that decides
+_LOOK_S = 0.1
 _GLANCE_S = 4.0  # the same where it is only told
 RESULTS = ("kept", "rolled_back", "no_gain", "refused", "failed")
 
@@ -54,10 +57,12 @@ class Recutter:
         self._door = door
         self._machine = Machine("recut", TRANSITIONS, RecutPhase.STEADY)
         self._lock = threading.Lock()
+        self._phase_lock = threading.Lock()
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
         self._remove_plan: dict[RunningPlan, Callable[[], None]] = {}  # for plans that were made here
         self._changed: list[Callable[[], None]] = []
+        remove_left_plans()
 
     @property
     def phase(self) -> RecutPhase:
@@ -85,7 +90,7 @@ class Recutter:
             if anew and (problem := running.plan.why_fixed()) is not None:
                 self.counts["refused"] += 1
                 raise RecutRefused(f"no new plan can be made: {running.folder} {problem}")
-            self._machine.go(RecutChange.PLAN if anew else RecutChange.LOAD)
+            self._go(RecutChange.PLAN if anew else RecutChange.LOAD)
             future: Future[Recut] = Future()
             future.set_running_or_notify_cancel()
             self._thread = threading.Thread(target=self._change, args=(wish, future), name="recut", daemon=True)
@@ -102,7 +107,7 @@ class Recutter:
             self.stop()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
-        self._machine.go(RecutChange.CLOSE)
+        self._go(RecutChange.CLOSE)
 
     def remove_plans(self) -> None:
         """Remove the plan directories that were made here. Call it when the nodes have ended."""
@@ -136,7 +141,7 @@ class Recutter:
         if self._machine.state is not RecutPhase.STEADY:
             differs = isinstance(problem, AnswersDiffer)
             back = self._machine.state in (RecutPhase.SWAPPED, RecutPhase.PROVING)
-            self._machine.go(RecutChange.ROLL_BACK if back else RecutChange.DIFFER if differs else RecutChange.FAIL)
+            self._go(RecutChange.ROLL_BACK if back else RecutChange.DIFFER if differs else RecutChange.FAIL)
         if self._stopped.is_set():
             return PipelineClosed("the pipeline was closed")
         if isinstance(problem, RecutRefused | RecutFailed | PipelineClosed):
@@ -155,17 +160,29 @@ class Recutter:
             if self._stopped.is_set():
                 return  # it is ended with the pipeline
             self._swap(change.old)
-            new.wait_until_idle(self._stopped.is_set)
+            if not new.wait_until_idle(lambda: self._stopped.is_set() or new.why_broken):
+                if self._stopped.is_set():
+                    return
+                new.move_requests(change.old)
         if new is not None:
             self._remove_plan.pop(new, None)
             self._door.remove(new)
         change.remove_plan()
 
+    def _go(self, change: RecutChange) -> None:
+        """Note a change of the phase, unless the pipeline was closed meanwhile."""
+        with self._phase_lock:
+            if self._machine.state is not RecutPhase.ENDED or change is RecutChange.CLOSE:
+                self._machine.go(change)
+
     def _swap(self, running: RunningPlan) -> bool:
         """Let requests enter another plan."""
         swapped = self._door.swap(running)
         for call in self._changed:
-            call()
+            try:
+                call()
+            except Exception:
+                _log.exception("a function that was to be called when the plan changes has failed")
         return swapped
 
     def _carried_out(self, change: Change) -> Recut:
@@ -174,11 +191,11 @@ class Recutter:
         Raises:
             PipelineError: the change was given up.
         """
-        machine, old, stopped = self._machine, change.old, self._stopped.is_set
+        old, stopped = change.old, self._stopped.is_set
         change.before = change.wish.before or watched(old, _SETTINGS, _patience_s(change), stopped)
         folder = change.wish.folder or self._planned(change)
         if folder is None:
-            machine.go(RecutChange.NO_GAIN)
+            self._go(RecutChange.NO_GAIN)
             return change.result(kept=False, why="no cut of the model is better at the present speeds")
         try:
             plan = load_plan(folder)
@@ -196,23 +213,33 @@ class Recutter:
             with ComparedModels(old.folder, folder, stopped) if change.wish.folder is not None else nullcontext():
                 beside.start()
         self._remove_plan[new] = change.remove_plan
-        machine.go(RecutChange.READY)
+        self._go(RecutChange.READY)
         with change.timed("warming"):
             compared = compare(old, new, samples.taken(), stopped)
             log_event(_log, logging.INFO, "answers are the same", requests=compared)
-        machine.go(RecutChange.SAME)
-        if not self._swap(new):
-            raise PipelineClosed("the pipeline was closed")
+        self._go(RecutChange.SAME)
+        self._swap(new)
+        self._require(new)
         change.swapped = True
         with change.timed("draining"):
-            if not old.wait_until_idle(lambda: stopped() or new.coordinator.ended):
-                raise (
-                    PipelineClosed("the pipeline was closed")
-                    if stopped()
-                    else LaunchFailed(f"the nodes of the new plan have ended: {new.coordinator.trouble}")
-                )
-        machine.go(RecutChange.DRAINED)
+            if not old.wait_until_idle(lambda: stopped() or new.why_broken or old.why_broken):
+                self._require(new)
+                old.move_requests(new)  # a stage of the old plan has no node
+                if not old.wait_until_idle(lambda: stopped() or new.why_broken):
+                    self._require(new)
+        self._go(RecutChange.DRAINED)
         return self._proven(change, new)
+
+    def _require(self, new: RunningPlan) -> None:
+        """Check that a change can go on.
+
+        Raises:
+            PipelineError: the pipeline closes, or a stage of the new plan has no node any more.
+        """
+        if self._stopped.is_set():
+            raise PipelineClosed("the pipeline was closed")
+        if problem := new.why_broken:
+            raise LaunchFailed(f"the new plan cannot serve: {problem}")
 
     def _planned(self, change: Change) -> Path | None:
         """The plan that was made, or that is made now; None where no plan is better."""
@@ -230,7 +257,7 @@ class Recutter:
             made.close()
             return None
         if wish.made is None:
-            self._machine.go(RecutChange.GAIN)
+            self._go(RecutChange.GAIN)
         return made.folder
 
     def _proven(self, change: Change, new: RunningPlan) -> Recut:
@@ -239,18 +266,17 @@ class Recutter:
         Raises:
             PipelineError: the pipeline closes, or the new plan does not run any more.
         """
-        ended = lambda: self._stopped.is_set() or new.coordinator.ended  # noqa: E731
+        ended = lambda: self._stopped.is_set() or bool(new.why_broken)  # noqa: E731
         after = watched(new, _SETTINGS, _patience_s(change), ended)
-        if self._stopped.is_set():
-            raise PipelineClosed("the pipeline was closed")
-        if new.coordinator.ended:
-            raise LaunchFailed(f"the nodes of the new plan have ended: {new.coordinator.trouble}")
+        while not (new.is_whole or ended()):  # a node that was lost comes back, or fails again and again
+            time.sleep(_LOOK_S)
+        self._require(new)
         assert change.before is not None
         proof = verdict(change.before, after, _SETTINGS)
         change.measured_gain = proof.gain
         if change.wish.must_gain and not proof.kept:
             self._drop(change)
-            self._machine.go(RecutChange.ROLL_BACK)
+            self._go(RecutChange.ROLL_BACK)
             return change.result(kept=False, why=proof.why)
         self._door.remove(change.old)
         try:
@@ -259,7 +285,7 @@ class Recutter:
             log_event(_log, logging.WARNING, "further nodes cannot join", why=error)
         if (remove := self._remove_plan.pop(change.old, None)) is not None:
             remove()
-        self._machine.go(RecutChange.KEEP)
+        self._go(RecutChange.KEEP)
         return change.result(kept=True, why=proof.why if proof.kept else "the plan that was asked for stays")
 
 

@@ -44,6 +44,7 @@ class RequestSamples:
         self._lock = threading.Lock()
         self._seen: dict[object, Sample] = {}
         self._bytes = 0
+        self._outputs = frozenset(running.plan.outputs)
 
     def __enter__(self) -> RequestSamples:
         self._running.entrance.on_request = self._look
@@ -55,8 +56,8 @@ class RequestSamples:
     def _look(self, inputs: Mapping[str, Array], outputs: tuple[str, ...]) -> None:
         """Copy a request if none of these shapes was seen."""
         kind = outputs, tuple((name, array.dtype, array.shape) for name, array in inputs.items())
-        if kind in self._seen or len(self._seen) >= _MOST_SAMPLES:
-            return
+        if kind in self._seen or len(self._seen) >= _MOST_SAMPLES or not self._outputs.issuperset(outputs):
+            return  # tensors between the stages of one plan are not there in another one
         size = sum(array.nbytes for array in inputs.values())
         with self._lock:
             if self._bytes + size > _MOST_BYTES:
@@ -79,7 +80,7 @@ def _resized(found: list[Sample], running: RunningPlan) -> Iterator[Sample]:
     known = [{name: array.shape for name, array in sample.inputs.items()} for sample in found]
     for outputs, shapes in running.entrance.recent_kinds(_MOST_SAMPLES):
         like = next((sample for sample in found if sample.inputs.keys() == shapes.keys()), None)
-        if like is None or shapes in known:
+        if like is None or shapes in known or not set(running.plan.outputs).issuperset(outputs):
             continue
         known.append(shapes)
         yield Sample({name: np.resize(array, shapes[name]) for name, array in like.inputs.items()}, outputs)

@@ -22,7 +22,7 @@ from onnx import numpy_helper
 from waiting import wait_until
 
 import onnxsplit
-from onnxsplit import InputError, Pipeline, PipelineClosed, RecutFailed, RecutRefused
+from onnxsplit import InputError, Pipeline, PipelineClosed, RecutFailed, RecutRefused, StageUnavailable
 from runtime.recut.phases import TRANSITIONS, RecutPhase
 from runtime.transition_table import Machine
 
@@ -179,9 +179,9 @@ def test_wrong_arguments_are_refused_at_once(pipeline, plans):
     with pytest.raises(InputError, match="leave out plan, or leave out devices"):
         pipeline.recut(plans["late"], devices={"0": 0.5})
     for devices, what in [
-        ({"0": 0}, "the speed of device '0' must be a number above 0, not 0"),
-        ({"0": float("nan")}, "above 0, not nan"),
-        ({0: 1.0}, "device 0 must be"),
+        ({"0": 0}, "the speed of device '0' must be a number above 0 and at most 1000000, not 0"),
+        ({"0": float("nan")}, "the speed of device '0' must be a number above 0 and at most 1000000, not nan"),
+        ({0: 1.0}, "devices are named by text"),
         ([1.0], "devices must map names to speeds"),
     ]:
         with pytest.raises(InputError, match=what):
@@ -317,3 +317,89 @@ def test_it_is_said_why_a_node_by_hand_does_not_start_its_successor(plans, tmp_p
             ):  # the first successor is not in the way
                 pipeline.recut(plans["late"]).result(120)
         assert [node.wait(30) for node in nodes] == [0, 0]
+
+
+def test_a_new_plan_that_cannot_serve_is_taken_back(pipeline, plans, monkeypatch):
+    """Its nodes die again and again while it is proved; requests that had entered it are answered by the old plan."""
+    nodes = [node.pid for node in pipeline.nodes]
+    answers = []
+    recut = pipeline.recut(plans["late"])
+    wait_until(lambda: pipeline.recuts.phase == "proving" or recut.done())
+    new = pipeline.entrance.current.coordinator
+    deaths = threading.Event()
+
+    def kill() -> None:
+        while not deaths.is_set():
+            for node in new.nodes():
+                if node.stage == 1 and node.pid:
+                    with suppress(ProcessLookupError):
+                        os.kill(node.pid, signal.SIGKILL)
+            time.sleep(0.02)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    answers = [pipeline.submit({"x": X}) for _ in range(3)]
+    try:
+        with pytest.raises(RecutFailed, match="the new plan cannot serve: stage 1 has no node that is ready"):
+            recut.result(120)
+    finally:
+        deaths.set()
+        killer.join()
+    assert [node.pid for node in pipeline.nodes] == nodes
+    assert pipeline.run({"x": X})["y"].shape == (1, 32)
+    for answer in answers:
+        with suppress(StageUnavailable):  # refused when the last node of the stage was given up
+            assert answer.result(60)["y"].shape == (1, 32)
+
+
+def test_a_tensor_between_stages_that_somebody_asks_for_is_no_obstacle(pipeline, plans):
+    stop = threading.Event()
+
+    def call() -> None:
+        while not stop.is_set():
+            with suppress(InputError):  # once the plan has changed
+                pipeline.run({"x": X}, outputs=["h0"])
+
+    caller = threading.Thread(target=call)
+    caller.start()
+    try:
+        assert pipeline.recut(plans["late"]).result(120).kept
+    finally:
+        stop.set()
+        caller.join()
+
+
+def test_draining_waits_for_what_has_entered_and_ends_a_change(pipeline, plans):
+    recut = pipeline.recut(plans["late"])
+    wait_until(lambda: len(pipeline.entrance.plans) == 2)
+    future = pipeline.submit({"x": X})
+    pipeline.drain(60)
+    assert future.done()
+    with pytest.raises(PipelineClosed):
+        recut.result(60)
+    with pytest.raises(PipelineClosed):
+        pipeline.run({"x": X})
+
+
+def test_the_number_of_nodes_stays_where_the_caller_has_set_it(pipeline, plans):
+    pipeline.scale(0, 2)
+    wait_until(lambda: sum(node.state == "ready" for node in pipeline.nodes) == 3)
+    recut = pipeline.recut(plans["late"])
+    with pytest.raises(RecutRefused, match=r"is being changed \(loading\); scale it when that is over"):
+        pipeline.scale(1, 2)
+    assert recut.result(120).kept
+    assert [sum(node.stage == stage for node in pipeline.nodes) for stage in (0, 1)] == [2, 1]
+    pipeline.scale(1, 2)
+
+
+def test_functions_that_are_called_when_the_plan_changes_may_fail_or_close_it(pipeline, plans):
+    def fail() -> None:
+        raise ValueError("a fault of the caller's")
+
+    pipeline.on_recut(fail)
+    assert pipeline.recut(plans["late"]).result(120).kept
+    assert len(pipeline.entrance.plans) == 1
+    pipeline.on_recut(pipeline.close)
+    recut = pipeline.recut(plans["early"])
+    with pytest.raises(PipelineClosed):
+        recut.result(120)
