@@ -29,7 +29,7 @@ from enum import Enum, auto
 from functools import reduce
 
 from runtime.recut.gain import NewPlan, contradiction, possible_gain
-from runtime.recut.learning import Learning
+from runtime.recut.learning import Expected, Learning
 from runtime.recut.patience import Planning, Stays, are_alike
 from runtime.recut.window import DriftSettings, Window
 
@@ -214,7 +214,14 @@ class Rebalancing:
         made = {d: self._learning.made.get(d, 1.0) * speed for d, speed in self._recut.candidate.speeds.items()}
         fastest = max(made.values(), default=1.0)  # only the relative speeds are known
         made = {device: speed / fastest for device, speed in made.items()}
-        self._before, self._learning = self._learning, Learning(self._settings.drift, made)
+        plan = self._recut.candidate
+        times = {
+            (stage, device): time_ns / plan.speeds.get(device, 1.0)
+            for stage, replicas in enumerate(plan.new)
+            for device, time_ns in replicas
+        }
+        expected = Expected(times, plan.speeds)
+        self._before, self._learning = self._learning, Learning(self._settings.drift, made, expected)
         self._start(DecisionPhase.PROVING)
         self.why = "the new plan is being proved"
 

@@ -14,13 +14,57 @@ what is usual.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import fmean, median
 
-from runtime.recut.drift import Baseline, Drift, noise_of
+from runtime.recut.drift import Baseline, Drift, Place, noise_of
 from runtime.recut.window import DriftSettings, Window
 
+_HALF = 0.5  # of the way from one speed to another, as logarithms
 _HISTORY = 20  # windows from which the noise is taken
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a new plan was made for.
+
+    Attributes:
+        times: the time of one run by stage and device in nanoseconds, at the speeds below.
+        speeds: the speed of every device, relative to the baseline of the plan before.
+    """
+
+    times: Mapping[Place, float]
+    speeds: Mapping[str, float]
+
+    def restored(self, baseline: Baseline) -> Baseline:
+        """A baseline for the speeds that the plan was made for, where devices have gone back since then.
+
+        A device that goes back before the usual times are known would else be usual with a cut that was made for
+        another speed. It has gone back if it is nearer to its speed before than to the one that the plan was made for,
+        compared with the devices whose speed was not to change.
+        """
+        moves: dict[str, list[float]] = {}
+        for place, runs in baseline.runs.items():
+            requests, ran_ns = sum(n for n, _ in runs.values()), sum(ran for _, ran in runs.values())
+            if place in self.times and requests and ran_ns:
+                moves.setdefault(place[1], []).append(math.log(ran_ns / requests / self.times[place]))
+        steady = [fmean(moves[device]) for device in moves if self.speeds.get(device, 1.0) == 1.0]
+        if not steady:
+            return baseline
+        common, back = median(steady), {}
+        for device, found in moves.items():
+            made = math.log(self.speeds.get(device, 1.0))
+            move = fmean(found) - common
+            if made and move / made > _HALF:
+                back[device] = math.exp(-made)
+        changed = {
+            place: {cost: (n, round(ran_ns * back.get(place[1], 1.0))) for cost, (n, ran_ns) in known.items()}
+            for place, known in baseline.runs.items()
+        }
+        return Baseline(changed, baseline.windows)
 
 
 class Learning:
@@ -30,6 +74,7 @@ class Learning:
         settings: when figures count.
         made: the speed of every device that the plan was made for, as a share of that when the pipeline started; 1
             where it lacks a device.
+        expected: what the plan was made for; None for the first plan of a pipeline.
 
     Attributes:
         made: as given.
@@ -38,8 +83,11 @@ class Learning:
         why: why the last window was not compared.
     """
 
-    def __init__(self, settings: DriftSettings, made: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self, settings: DriftSettings, made: Mapping[str, float] | None = None, expected: Expected | None = None
+    ) -> None:
         self.made = made or {}
+        self._expected = expected
         self.baseline: Baseline | None = None
         self.noise = settings.least_noise
         self.why = ""
@@ -84,6 +132,8 @@ class Learning:
         self.why = f"the usual times are being learned: {len(self._first)} of {wanted} windows"
         if len(self._first) == wanted:
             self._begin(self._first)
+            if self._expected is not None and self.baseline is not None:
+                self.baseline = self._expected.restored(self.baseline)
 
     def _renew(self, window: Window) -> None:
         """Take note of a window that is faster than the baseline."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from onnxsplit.errors import PlanError
 from onnxsplit.plan_files import plan_id, read_plan_file
 from onnxsplit.session import quiet_environment, without_interrupts
 from runtime.errors import RecutFailed, RecutRefused
@@ -73,8 +74,7 @@ def replan(
         RecutRefused: another plan is in the directory now.
         RecutFailed: no plan could be made; says why.
     """
-    if plan_id(read_plan_file(folder)) != identity:
-        raise RecutRefused(f"another plan was put into {folder} since this one was loaded; change to that, or restart")
+    require_unchanged(folder, identity)
     job = {
         "plan": str(folder.resolve()),
         "speeds": dict(speeds),
@@ -83,6 +83,22 @@ def replan(
     answer: dict[str, Any] = {}
     made = PlanFolder(lambda out: answer.update(_run("replan", {**job, "out": str(out)}, stopped)))
     return Replan(folder=made.plan, close=made.close, **answer)
+
+
+def require_unchanged(folder: Path, identity: str) -> None:
+    """Check that the directory of a plan that runs still holds it.
+
+    Raises:
+        RecutRefused: it holds another plan, or none.
+    """
+    try:
+        found = plan_id(read_plan_file(folder))
+    except PlanError as error:
+        raise RecutRefused(f"the plan that runs is not in its directory any more: {error}") from error
+    if found != identity:
+        raise RecutRefused(
+            f"another plan was put into {folder} since the one that runs was loaded; load it, or restart"
+        )
 
 
 def why_not_same(one: Path, other: Path, stopped: Callable[[], bool]) -> str | None:

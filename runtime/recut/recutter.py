@@ -21,7 +21,7 @@ from runtime.recut.beside import PlanBeside, take_over
 from runtime.recut.change import Change, PlanWish
 from runtime.recut.door import Door
 from runtime.recut.gain import verdict
-from runtime.recut.offline import ComparedModels, replan
+from runtime.recut.offline import ComparedModels, replan, require_unchanged
 from runtime.recut.phases import TRANSITIONS, RecutChange, RecutPhase
 from runtime.recut.plan_folder import remove_left_plans
 from runtime.recut.result import Recut
@@ -202,6 +202,8 @@ class Recutter:
         except PlanError as error:
             raise RecutRefused(str(error)) from error
         change.new_id = plan_id(read_plan_file(folder))
+        if change.wish.folder is not None:
+            require_unchanged(old.folder, old.plan_id)
         if (problem := why_another_model(old.plan, plan)) is not None:
             raise RecutRefused(f"{folder} is a plan of another model: {problem}")
         with change.timed("loading"), RequestSamples(old) as samples:
@@ -266,7 +268,10 @@ class Recutter:
         Raises:
             PipelineError: the pipeline closes, or the new plan does not run any more.
         """
-        ended = lambda: self._stopped.is_set() or bool(new.why_broken)  # noqa: E731
+
+        def ended() -> bool:
+            return self._stopped.is_set() or bool(new.why_broken)
+
         after = watched(new, _SETTINGS, _patience_s(change), ended)
         while not (new.is_whole or ended()):  # a node that was lost comes back, or fails again and again
             time.sleep(_LOOK_S)

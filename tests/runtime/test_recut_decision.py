@@ -352,3 +352,15 @@ def test_planning_takes_one_percent_of_the_time_in_the_long_run():
 def test_the_simulated_pipeline_answers_as_many_as_its_slowest_stage_allows():
     run = DriftingPipeline([steady] * 3, noise=0.0).go(100)
     assert sum(answered for _, answered in run.rates) == pytest.approx(100 / 0.08, abs=3 * IN_FLIGHT)
+
+
+def test_a_device_that_goes_back_right_after_the_change_gets_its_old_cut_back():
+    """The usual times of the new plan are learned when the device is fast again, which is a drift nevertheless."""
+    run = DriftingPipeline([falls(60), steady, steady], noise=0.05)
+    while not run.recuts:
+        run.go(run.now_s + 1)
+    run.speeds[0] = steady
+    run.go(run.now_s + 900)
+    assert len(run.recuts) == 2
+    _, again = run.recuts[1]
+    assert 1.7 < again.candidate.speeds["h0"] < 2.3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 
 from onnxsplit.errors import InputError, shown
@@ -90,8 +91,12 @@ def _beside(version: Version, name: str) -> Path:
     """
     parent = Path(version.folder).resolve().parent
     folder = parent / name
-    if "/" in name or "\0" in name or name in (".", "..") or folder.resolve().parent != parent:
+    if "/" in name or "\0" in name or name in (".", "..") or Path(os.path.realpath(folder)).parent != parent:
         raise InputError(f"plan {shown(name)} must be the name of a directory beside the present plan, without a path")
-    if not (folder / PLAN_FILE).is_file():
+    try:
+        found = (folder / PLAN_FILE).is_file()
+    except OSError:  # the name is longer than file systems take
+        found = False
+    if not found:
         raise InputError(f"there is no plan {shown(name)} beside the plan of model {version.model!r} on the server")
     return folder
