@@ -68,9 +68,9 @@ def test_nodes_started_by_hand_succeed_themselves(chains, by_hand):
     for name in ("late", "early"):
         recut = pipeline.recut(chains / f"{name}.plan").result(120)
         assert recut.kept
-        pids = [node.pid for node in pipeline.nodes]
-        children = [child.pid for node in nodes for child in psutil.Process(node.pid).children()]
-        assert sorted(pids) == sorted(children)  # the processes that the user knows have stayed, each with one child
+        pids = sorted(node.pid for node in pipeline.nodes)
+        # the processes that the user knows have stayed, each with one child
+        wait_until(lambda: sorted(child.pid for n in nodes for child in psutil.Process(n.pid).children()) == pids)  # noqa: B023
     with pytest.raises(RecutRefused, match="the new plan needs 3 nodes, and 2 were started by hand"):
         pipeline.recut(chains / "three.plan").result(60)
     stop.set()
