@@ -11,6 +11,7 @@ from pathlib import Path
 import build
 import numpy as np
 import pytest
+from onnx import TensorProto, helper
 from sleeping import Devices, SleepingLauncher
 from waiting import wait_until
 
@@ -203,3 +204,18 @@ def test_plans_of_killed_processes_are_removed(cache, tmp_path):
     own.close()
     own.close()
     assert list(cache.iterdir()) == []
+
+
+def test_answers_that_no_two_runs_share_are_not_compared(tmp_path):
+    nodes = [
+        helper.make_node("Relu", ["x"], ["h"]),
+        helper.make_node("RandomNormalLike", ["h"], ["noise"]),
+        helper.make_node("Add", ["h", "noise"], ["sum"]),
+        helper.make_node("Neg", ["sum"], ["y"]),
+    ]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 8]) for name in ("x", "y")]
+    model = build.save(build.model(nodes, ends[:1], ends[1:]), tmp_path)
+    for name in ("h", "sum"):
+        onnxsplit.partition(model, out=tmp_path / f"{name}.plan", cut_at=[name], costs="analytic")
+    with Pipeline.launch(tmp_path / "h.plan", threads=1) as pipeline:
+        assert pipeline.recut(tmp_path / "sum.plan").result(60).kept
