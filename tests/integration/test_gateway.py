@@ -603,7 +603,7 @@ def test_metrics_follow_prometheus_rules(server):
     assert len(ours) > 15
     assert {name for name in families if not name.startswith(("onnxsplit_", "nv_inference_"))} == set()
     labels = {label for family in families.values() for sample in family.samples for label in sample.labels}
-    assert labels <= {"model", "version", "stage", "replica", "reason", "le"}
+    assert labels <= {"model", "version", "stage", "replica", "reason", "result", "device", "le"}
     for family in ours:
         assert family.documentation
         assert family.type != "counter" or all(s.name.endswith(("_total", "_created")) for s in family.samples)

@@ -237,7 +237,7 @@ def test_a_node_is_succeeded_twice_and_two_processes_remain(plans, address, star
     second = change(first, following, plans[0], address)
     assert answers(second, plans[0])
     wait_until(lambda: not running([one.pid]), "the end of the first successor")
-    assert [each.pid for each in node.successors] == [second.nodes[0].pid]
+    wait_until(lambda: [each.pid for each in node.successors] == [second.nodes[0].pid])
     wait_until(lambda: health.read_text() == "ready\n")
     second.close()
     assert node.exit_code() == 0, node.said

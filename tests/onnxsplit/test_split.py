@@ -164,6 +164,7 @@ def test_a_plan_is_replaced_whole(tmp_path):
     split(build.chain(), tmp_path, 4)
     split(build.chain(), tmp_path, 2)
     assert sorted(p.name for p in (tmp_path / "m.plan").iterdir()) == [
+        "costs.npz",
         "example.npz",
         "plan.json",
         "stage0.onnx",
