@@ -22,7 +22,7 @@ from runtime.launching import beside
 from runtime.options import RunOptions
 from runtime.recut.door import Door
 from runtime.recut.running_plan import RunningPlan
-from runtime.recut.watching import device_names
+from runtime.recut.watching import device_of
 from runtime.requests.admission import Admission
 from runtime.starting import PreparedPipeline, launch_nodes, wait_for_nodes
 
@@ -118,7 +118,7 @@ class PlanBeside:
             RecutRefused: the new plan needs more nodes than there are.
         """
         free = {
-            (node.stage, node.replica): _device(self._old.plan, node.stage, node.replica)
+            (node.stage, node.replica): device_of(self._old.plan, node.stage, node.replica)
             for node in self._old.coordinator.nodes()
         }
         wanted = [(stage, replica) for stage, count in enumerate(self._counts) for replica in range(count)]
@@ -130,7 +130,7 @@ class PlanBeside:
         places = {}
         for among_same in (True, False):  # first the nodes on the same device, then any
             for slot in list(wanted):
-                device = _device(self._plan, *slot)
+                device = device_of(self._plan, *slot)
                 old = next((each for each, name in free.items() if name == device or not among_same), None)
                 if old is not None:
                     del free[old]
@@ -152,11 +152,6 @@ class PlanBeside:
                 f"the nodes of the new plan need about {needed >> 20} MiB beside those that run, and {free >> 20} MiB "
                 "are free; free some memory, or start the pipeline again with the new plan"
             )
-
-
-def _device(plan: Plan, stage: int, replica: int) -> str:
-    names = device_names(plan)[stage]
-    return names[min(replica, len(names) - 1)]
 
 
 def _options(old: RunningPlan, plan: Plan, stopped: Callable[[], bool]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from statistics import fmean, median
 
 from runtime.recut.drift import Baseline, Drift, Place, noise_of
-from runtime.recut.window import DriftSettings, Window
+from runtime.recut.window import DriftSettings, Window, total
 
 _HALF = 0.5  # of the way from one speed to another, as logarithms
 _HISTORY = 20  # windows from which the noise is taken
@@ -48,7 +48,7 @@ class Expected:
         """
         moves: dict[str, list[float]] = {}
         for place, runs in baseline.runs.items():
-            requests, ran_ns = sum(n for n, _ in runs.values()), sum(ran for _, ran in runs.values())
+            requests, ran_ns = total(runs)
             if place in self.times and requests and ran_ns:
                 moves.setdefault(place[1], []).append(math.log(ran_ns / requests / self.times[place]))
         steady = [fmean(moves[device]) for device in moves if self.speeds.get(device, 1.0) == 1.0]

@@ -36,8 +36,7 @@ class PlanFolder:
         self._key = secrets.token_hex(8)
         try:
             self._entry = self._cache.obtain(self._key, lambda draft: make(draft / "new.plan"))
-            self._cache.evict(unused_s=0.0, keep=self._key)  # what killed processes have left
-            _remove_locks(self._cache.folder)
+            _remove_left(self._cache, keep=self._key)
         except OSError as error:
             self._end()
             raise RecutFailed(
@@ -64,8 +63,12 @@ def remove_left_plans() -> None:
     cache = LockedCache(cache_folder("recuts"))
     if cache.folder.is_dir():
         with suppress(OSError):
-            cache.evict(unused_s=0.0)
-            _remove_locks(cache.folder)
+            _remove_left(cache)
+
+
+def _remove_left(cache: LockedCache, keep: str = "") -> None:
+    cache.evict(unused_s=0.0, keep=keep)
+    _remove_locks(cache.folder)
 
 
 def _remove(cache: LockedCache, key: str, entry: Path | None) -> None:

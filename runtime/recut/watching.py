@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable
 
 from onnxsplit.plan import Plan
+from runtime.recut.drift import Baseline
 from runtime.recut.running_plan import RunningPlan
-from runtime.recut.window import DriftSettings, Look, Window, window_between
+from runtime.recut.window import DriftSettings, Look, Window, total, window_between
 
 _SAMPLE_S = 0.1
 _LONELY_S = 1.0  # a plan that no request enters for so long is not watched any longer
@@ -25,7 +26,6 @@ class PlanWatch:
 
     def __init__(self, running: RunningPlan) -> None:
         self.running = running
-        self._devices = device_names(running.plan)
         self._last = self._look()
         self._samples = self._full = 0
 
@@ -39,17 +39,14 @@ class PlanWatch:
         before, self._last = self._last, self._look()
         full = self._full / max(1, self._samples)
         self._samples = self._full = 0
-        devices = {(n.stage, n.replica): self._device(n.stage, n.replica) for n in self._last.nodes}
+        plan = self.running.plan
+        devices = {(node.stage, node.replica): device_of(plan, node.stage, node.replica) for node in self._last.nodes}
         return window_between(before, self._last, devices, full=full)
 
     @property
     def seconds(self) -> float:
         """The time since the last window."""
         return (time.monotonic_ns() - self._last.now_ns) / 1e9
-
-    def _device(self, stage: int, replica: int) -> str:
-        names = self._devices[stage]
-        return names[min(replica, len(names) - 1)]
 
     def _look(self) -> Look:
         coordinator = self.running.coordinator
@@ -95,11 +92,7 @@ def measured(plan: Plan, window: Window, settings: DriftSettings) -> tuple[dict[
     """
     if window.trouble or not window.is_enough(settings):
         return {}, None
-    totals: dict[tuple[int, str], tuple[int, int]] = {}
-    for (stage, _), node in window.nodes.items():
-        before = totals.get((stage, node.device), (0, 0))
-        more = sum(number for number, _ in node.runs.values()), sum(time_ns for _, time_ns in node.runs.values())
-        totals[stage, node.device] = before[0] + more[0], before[1] + more[1]
+    totals = {place: total(runs) for place, runs in Baseline.of([window]).runs.items()}
     usual = [stage.measured_time_ns or stage.predicted_time_ns for stage in plan.stages]
     speeds = {}
     for device in {device for _, device in totals}:
@@ -115,14 +108,10 @@ def measured(plan: Plan, window: Window, settings: DriftSettings) -> tuple[dict[
     return speeds, times if all(times) else None
 
 
-def device_names(plan: Plan) -> list[tuple[str, ...]]:
-    """The names of the devices of every stage, one for each replica of the plan."""
-    names = []
-    for stage in plan.stages:
-        if stage.devices:
-            names.append(stage.devices)
-        elif plan.target is not None and stage.device_numbers:
-            names.append(tuple(plan.target.devices[number].name for number in stage.device_numbers))
-        else:
-            names.append((str(stage.index),))
-    return names
+def device_of(plan: Plan, stage: int, replica: int) -> str:
+    """The name of a replica's device; replicas beyond those of the plan share the last device of their stage."""
+    planned = plan.stages[stage]
+    names = planned.devices
+    if not names and plan.target is not None:
+        names = tuple(plan.target.devices[number].name for number in planned.device_numbers)
+    return names[min(replica, len(names) - 1)] if names else str(stage)

@@ -128,7 +128,7 @@ class Window:
         """
         times = {
             stage: node_ns / requests / len(self.stages[stage])
-            for stage, (requests, node_ns) in ((s, _total(runs)) for s, runs in self.pooled().items())
+            for stage, (requests, node_ns) in ((s, total(runs)) for s, runs in self.pooled().items())
         }
         slowest = max(times, key=lambda stage: (times[stage], -stage))
         return slowest, times[slowest]
@@ -144,7 +144,7 @@ class Window:
 
     def fewest(self) -> tuple[int, int]:
         """The stage with the fewest requests that count, and their number."""
-        counts = {stage: _total(runs)[0] for stage, runs in self.pooled().items()}
+        counts = {stage: total(runs)[0] for stage, runs in self.pooled().items()}
         stage = min(counts, key=lambda each: (counts[each], each))
         return stage, counts[stage]
 
@@ -207,5 +207,6 @@ def _subtracted(later: Runs, earlier: Runs) -> dict[int, tuple[int, int]]:
     return {cost: runs for cost, runs in added(later, negative).items() if runs[0] > 0}
 
 
-def _total(runs: Runs) -> tuple[int, int]:
+def total(runs: Runs) -> tuple[int, int]:
+    """The number of requests of all costs, and the sum of their session times in nanoseconds."""
     return sum(requests for requests, _ in runs.values()), sum(ran_ns for _, ran_ns in runs.values())

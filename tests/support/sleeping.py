@@ -19,7 +19,7 @@ from onnxsplit.planning.planner import partition
 from runtime.launch.local import LocalHandle, LocalLauncher
 from runtime.node import serve
 from runtime.node.stage_runner import StageRunner
-from runtime.recut.watching import device_names
+from runtime.recut.watching import device_of
 
 _starting = threading.Lock()
 
@@ -78,8 +78,7 @@ class SleepingLauncher(LocalLauncher):
         self._plan, self._devices, self._op_s = plan, devices, op_s
 
     def start(self, *, stage: int, replica: int, **words: Any) -> LocalHandle:
-        names = device_names(self._plan)[stage]
-        file = self._devices.folder / names[min(replica, len(names) - 1)]
+        file = self._devices.folder / device_of(self._plan, stage, replica)
         with _starting:
             os.environ["SLEEPING"] = json.dumps([self._plan.stages[stage].ops * self._op_s, str(file)])
             return super().start(stage=stage, replica=replica, **words)
