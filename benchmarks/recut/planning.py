@@ -39,17 +39,18 @@ import json, sys
 import onnxsplit
 plan, out, speeds = sys.argv[1:]
 made = onnxsplit.replan(plan, out=out, speeds=json.loads(speeds))
-print(json.dumps({"gain": made.gain, **{f"{name}_s": seconds for name, seconds in made.seconds.items()}}))
+status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+said = {"gain": made.gain, "peak_mib": int(status["VmHWM"].split()[0]) / 1024}
+print(json.dumps(said | {f"{name}_s": seconds for name, seconds in made.seconds.items()}))
 """
 
 
 @dataclass(frozen=True)
 class Planned:
-    """What a process that plans anew took: its wall and processor time, peak memory, and what it says itself."""
+    """What a process that plans anew took: its wall and processor time, and what it says itself."""
 
     wall_s: float
     processor_s: float
-    peak_mib: float
     said: dict[str, float]
 
 
@@ -72,13 +73,12 @@ def planned_anew(plan: Path, out: Path, *, niceness: int = 0) -> Planned:
     return Planned(
         wall_s=time.monotonic() - begun,
         processor_s=usage.ru_utime + usage.ru_stime,
-        peak_mib=usage.ru_maxrss / 1024,
         said=json.loads(text),
     )
 
 
 def planning(name: str, model: Path, folder: Path, stages: int, runs: int, **options: Any) -> dict[str, Any]:
-    """Plan a model anew some times; returns the medians and the largest peak of memory."""
+    """Plan a model anew some times; returns the medians."""
     plan, out = folder / f"{name}-{stages}.plan", folder / "new.plan"
     partition(model, out=plan, stages=stages, **options)
     made = [planned_anew(plan, out) for _ in range(runs)]
@@ -88,7 +88,6 @@ def planning(name: str, model: Path, folder: Path, stages: int, runs: int, **opt
         "stages": stages,
         "wall_s": statistics.median(one.wall_s for one in made),
         "processor_s": statistics.median(one.processor_s for one in made),
-        "peak_mib": max(one.peak_mib for one in made),
         **said,
     }
 

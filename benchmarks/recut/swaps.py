@@ -37,7 +37,7 @@ from runtime import Pipeline
 from runtime.errors import PipelineClosed, RecutFailed, RecutRefused
 from runtime.timings import Timings
 
-TAKES = "10 min"
+TAKES = "15 min"
 
 CUTS = (4, 8), (2, 7)
 PROMPTS = 32
@@ -169,7 +169,7 @@ def main() -> None:
     parser.add_argument("--kill-every", type=float, default=2.0, help="seconds between two kills")
     parser.add_argument("--quiet", action="store_true", help="kill no node")
     parser.add_argument("--decoder", action="store_true", help="send generations of a small decoder")
-    parser.add_argument("--op-ms", type=float, default=4.0, help="time that each of the 12 ops sleeps")
+    parser.add_argument("--op-ms", type=float, default=2.0, help="time that each of the 12 ops sleeps")
     parser.add_argument("--attempts", type=int, default=20, help="attempts of a request whose node was lost")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
