@@ -66,6 +66,16 @@ def real_problem(name: str, value: object, most: float, *, zero: bool = False) -
     return f"{name} must be a number {least} and at most {most:.12g}, not {shown(value)}"
 
 
+def speed_problem(device: str, value: object) -> str | None:
+    """Check the speed of a device relative to when its plan was made; the result is as for :func:`whole_problem`."""
+    if is_real(value) and LEAST_SPEED <= value <= MOST_SPEED:
+        return None
+    return (
+        f"the speed of {shown(device)} must be a number from {LEAST_SPEED:g} to {MOST_SPEED:g}, not {shown(value)}; "
+        "0.5 is half as fast as when the plan was made"
+    )
+
+
 def as_int(value: object) -> object:
     """Turn an integer of any library into an ``int``; return anything else unchanged."""
     return int(value) if is_whole(value) else value

@@ -72,6 +72,14 @@ def bring_forward(pid: int) -> None:
                     os.sched_setscheduler(thread, os.SCHED_OTHER, os.sched_param(0))
 
 
+def make_as_nice_as_this(pid: int) -> None:
+    """Give all threads of a process the nice value of this one, where this user may."""
+    niceness = os.getpriority(os.PRIO_PROCESS, 0)
+    with suppress(OSError):  # the process has ended, or this user may not
+        for thread in _threads(pid):
+            os.setpriority(os.PRIO_PROCESS, thread, niceness)
+
+
 def _threads(pid: int) -> list[int]:
     return [int(name) for name in os.listdir(f"/proc/{pid}/task")]  # noqa: PTH208  the names alone
 

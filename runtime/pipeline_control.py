@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onnxsplit.errors import InputError, shown
-from onnxsplit.numbers import real_problem
+from onnxsplit.numbers import speed_problem
 from onnxsplit.plan import Plan
 from runtime.errors import RecutRefused
 from runtime.launching import plan_folder
@@ -20,8 +20,6 @@ from runtime.recut.phases import RecutPhase
 from runtime.recut.rebalancer import Rebalancer
 from runtime.recut.recutter import Recutter
 from runtime.recut.result import Recut
-
-_MOST_SPEED = 1e6
 
 
 @dataclass(frozen=True)
@@ -161,7 +159,7 @@ def _speeds(devices: object) -> dict[str, float]:
     """The speeds of devices, checked.
 
     Raises:
-        InputError: they are not numbers above 0 by name.
+        InputError: they are not speeds by name.
     """
     if devices is None:
         return {}
@@ -170,6 +168,6 @@ def _speeds(devices: object) -> dict[str, float]:
     for name, speed in devices.items():
         if not isinstance(name, str):
             raise InputError(f"devices are named by text, as in {{'0': 0.5}}, not by {shown(name)}")
-        if problem := real_problem(f"the speed of device {shown(name)}", speed, _MOST_SPEED):
+        if problem := speed_problem(name, speed):
             raise InputError(problem)
     return {name: float(speed) for name, speed in devices.items()}

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from onnxsplit.errors import PlanError, shown
 from onnxsplit.files import new_folder
-from onnxsplit.numbers import LEAST_SPEED, MOST_GAIN_PERCENT, MOST_SPEED, is_real, real_problem, whole_problem
+from onnxsplit.numbers import MOST_GAIN_PERCENT, real_problem, speed_problem, whole_problem
 from onnxsplit.plan import PLAN_FILE, Plan
 from onnxsplit.plan_files import check_content, check_plan_folder, checked_json, parse_plan, plan_id, read_plan_file
 from onnxsplit.plan_target import PlanTarget
@@ -185,11 +185,8 @@ def _device_speeds(made_for: PlanTarget, speeds: Mapping[str, float]) -> dict[st
                 f"speeds: {shown(name)} is neither a device nor a host of the plan. Devices: {', '.join(names)}; "
                 f"hosts: {', '.join(hosts)}"
             )
-        if not (is_real(speed) and LEAST_SPEED <= speed <= MOST_SPEED):
-            raise PlanError(
-                f"the speed of {shown(name)} must be a number from {LEAST_SPEED:g} to {MOST_SPEED:g}, not "
-                f"{shown(speed)}; 0.5 is half as fast as when the plan was made"
-            )
+        if problem := speed_problem(name, speed):
+            raise PlanError(problem)
     return {device.name: float(speeds.get(device.name, speeds.get(device.host, 1.0))) for device in made_for.devices}
 
 

@@ -36,7 +36,7 @@ def merge(folder: str | Path, out: str | Path) -> Plan:
     folder, out = Path(folder), Path(out)
     plan = load_plan(folder)
     model = merged(folder, plan, (open_model(folder / stage.file).proto for stage in plan.stages))
-    _add_defaults(model.graph, folder, plan)
+    add_defaults(model.graph, folder, plan)
     try:
         write_model(SourceModel(path=folder / "plan", proto=model, sha256=""), model, out, {}, by_content=True)
     except OSError as error:
@@ -111,7 +111,7 @@ def put_in_order(graph: onnx.GraphProto, outputs: Iterable[str]) -> None:
     graph.node.extend(nodes)
 
 
-def _add_defaults(graph: onnx.GraphProto, folder: Path, plan: Plan) -> None:
+def add_defaults(graph: onnx.GraphProto, folder: Path, plan: Plan) -> None:
     """Add the defaults of inputs that may be left out, as initializers."""
     for name, file in default_files(folder, plan).items():
         graph.initializer.append(onnx.numpy_helper.from_array(load_npz(file)[name], name))

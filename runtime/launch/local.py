@@ -53,7 +53,7 @@ class LocalHandle:
             stream.seek(max(0, self._log.stat().st_size - _LOG_TAIL_BYTES))
             lines = stream.read().decode(errors="replace").splitlines()[-_LOG_TAIL_LINES:]
         if not lines:
-            return f"{how}; its log {self._log} is empty"
+            return f"{how}; its log is empty"
         return f"{how}; its log {self._log} ends with:" + "".join(f"\n    {line}" for line in lines)
 
     def kill(self) -> None:
@@ -164,10 +164,12 @@ class LocalLauncher:
         return []
 
     def close(self, *, keep_logs: bool) -> None:
-        """Remove the folder; with ``keep_logs``, everything in it except the logs."""
+        """Remove the folder; with ``keep_logs``, everything in it except logs that say something."""
         if not keep_logs:
             shutil.rmtree(self.folder, ignore_errors=True)
             return
         for file in self.folder.iterdir():
-            if file.suffix != ".log":
+            if file.suffix != ".log" or not file.stat().st_size:
                 file.unlink(missing_ok=True)
+        with suppress(OSError):  # logs are left
+            self.folder.rmdir()

@@ -124,8 +124,8 @@ class PlanBeside:
         wanted = [(stage, replica) for stage, count in enumerate(self._counts) for replica in range(count)]
         if len(wanted) > len(free):
             raise RecutRefused(
-                f"the new plan needs {len(wanted)} nodes, and {len(free)} were started by hand; start more, or plan "
-                "for fewer devices"
+                f"the new plan needs {len(wanted)} nodes, and {len(free)} that were started by hand take part; plan "
+                "for fewer devices, or launch the pipeline with elastic (serve --elastic) and start more with --stage"
             )
         places = {}
         for among_same in (True, False):  # first the nodes on the same device, then any

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import subprocess
 import sys
-import tempfile
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,16 @@ from typing import Any
 from onnxsplit.errors import PlanError
 from onnxsplit.plan_files import plan_id, read_plan_file
 from onnxsplit.session import quiet_environment, without_interrupts
+from runtime.background import make_as_nice_as_this, may_return
 from runtime.errors import RecutFailed, RecutRefused
 from runtime.recut.gain import StageTimes
 from runtime.recut.plan_folder import PlanFolder
 
 _LOOK_S = 0.05
 _LOWEST_PRIORITY = 19
+_LOW_PRIORITY = 10  # where it cannot be raised again; at the lowest, a process hardly runs on a busy host
+_PATIENCE_S = 20.0  # at the lowest priority
+_MOST_S = 1800.0
 _LAST_LINES = 5
 
 
@@ -145,38 +149,46 @@ class ComparedModels:
 def _run(what: str, job: Mapping[str, object], stopped: Callable[[], bool]) -> dict[str, Any]:
     """Do a job in a process of its own; returns what it has found."""
     command = [sys.executable, "-P", "-m", "onnxsplit.planning.job", json.dumps({"what": what, **job})]
-    with tempfile.TemporaryFile() as log, tempfile.TemporaryFile() as answer, without_interrupts():
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=answer, stderr=log, env=quiet_environment())
-        try:
-            with contextlib.suppress(OSError):  # it has ended
-                os.setpriority(os.PRIO_PROCESS, process.pid, _LOWEST_PRIORITY)
-            _wait(process, stopped)
-        finally:
-            process.kill()
-            process.wait()
-            assert process.stdin is not None
-            process.stdin.close()
-        answer.seek(0)
-        log.seek(0)
-        said = answer.read()
-        if process.returncode == 0:
-            found: dict[str, Any] = json.loads(said)
-            return found
-        lines = log.read().decode(errors="replace").strip().splitlines()[-_LAST_LINES:]
-        raise RecutFailed(
-            said.decode(errors="replace") or " ".join(lines) or f"the process for {what} was killed; try again"
-        )
+    ours, its_own = os.pipe()  # it ends when this process does
+    try:
+        with without_interrupts():
+            process = subprocess.Popen(
+                command, stdin=ours, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=quiet_environment()
+            )
+        with process:
+            try:
+                with suppress(OSError):  # it has ended
+                    os.setpriority(os.PRIO_PROCESS, process.pid, _LOWEST_PRIORITY if may_return() else _LOW_PRIORITY)
+                said, log = _outputs(process, what, stopped)
+            finally:
+                process.kill()
+    finally:
+        os.close(ours)
+        os.close(its_own)
+    if process.returncode == 0:
+        found: dict[str, Any] = json.loads(said)
+        return found
+    lines = log.decode(errors="replace").strip().splitlines()[-_LAST_LINES:]
+    raise RecutFailed(
+        said.decode(errors="replace") or " ".join(lines) or f"the process for {what} was killed; try again"
+    )
 
 
-def _wait(process: subprocess.Popen[bytes], stopped: Callable[[], bool]) -> None:
-    """Wait until a process ends.
+def _outputs(process: subprocess.Popen[bytes], what: str, stopped: Callable[[], bool]) -> tuple[bytes, bytes]:
+    """Wait until a process ends; returns what it has written.
 
     Raises:
-        RecutFailed: its work is not wanted any more.
+        RecutFailed: its work is not wanted any more, or takes too long.
     """
+    begun, is_low = time.monotonic(), True
     while True:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_LOOK_S)
-            return
+        with suppress(subprocess.TimeoutExpired):
+            return process.communicate(timeout=_LOOK_S)
+        took = time.monotonic() - begun
         if stopped():
             raise RecutFailed("the pipeline is closing")
+        if took > _MOST_S:
+            raise RecutFailed(f"the process for {what} had not ended after {_MOST_S / 60:.0f} minutes, and was killed")
+        if took > _PATIENCE_S and is_low:
+            is_low = False
+            make_as_nice_as_this(process.pid)

@@ -146,6 +146,11 @@ class Recutter:
             return PipelineClosed("the pipeline was closed")
         if isinstance(problem, RecutRefused | RecutFailed | PipelineClosed):
             return problem
+        if isinstance(problem, OSError):
+            where = f": {os.fsdecode(problem.filename)}" if isinstance(problem.filename, str | bytes) else ""
+            return RecutFailed(
+                f"the plan was not changed, and the present one serves on: {problem.strerror or problem}{where}"
+            )
         if not isinstance(problem, OnnxsplitError):
             _log.error("a change of the plan failed", exc_info=problem)
             return RecutFailed(f"the plan was not changed: {problem!r}")

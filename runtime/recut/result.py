@@ -11,7 +11,7 @@ class RecutSeconds:
 
     Attributes:
         planning: the search for the plan, and writing it.
-        loading: until all new nodes were ready.
+        loading: until all new nodes were ready, and a given plan was known to be one of the same model.
         warming: comparing the answers of both plans.
         draining: until the old nodes were idle.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import threading
@@ -18,6 +19,7 @@ from waiting import wait_until
 import onnxsplit
 from onnxsplit import InputError, Pipeline, PipelineClosed, RecutFailed, RecutRefused
 from runtime.launch.local import LocalLauncher
+from runtime.recut import warming
 from runtime.recut.plan_folder import PlanFolder
 
 X = np.arange(64, dtype=np.float32)[None]
@@ -204,6 +206,17 @@ def test_plans_of_killed_processes_are_removed(cache, tmp_path):
     own.close()
     own.close()
     assert list(cache.iterdir()) == []
+
+
+def test_random_answers_are_known_even_if_two_runs_agree_by_chance(monkeypatch):
+    numbers = iter([1.0, 1.0, 0.0])
+    monkeypatch.setattr(warming, "_answer", lambda *_: {"y": np.float32([next(numbers)]), "sure": np.float32([2])})
+    expected = {"y": np.float32([1]), "sure": np.float32([2])}
+    own = warming._own_differences(None, warming.Sample({}, ("y",)), {"y": expected["y"]}, 1e-3, lambda: False)
+    assert own["y"] > 1e-3
+    numbers = itertools.repeat(1.0)
+    own = warming._own_differences(None, warming.Sample({}, ("y", "sure")), expected, 1e-3, lambda: False)
+    assert own == {"y": 0.0, "sure": 0.0}
 
 
 def test_answers_that_no_two_runs_share_are_not_compared(tmp_path):

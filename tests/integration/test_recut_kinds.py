@@ -71,7 +71,7 @@ def test_nodes_started_by_hand_succeed_themselves(chains, by_hand):
         pids = sorted(node.pid for node in pipeline.nodes)
         # the processes that the user knows have stayed, each with one child
         wait_until(lambda: sorted(child.pid for n in nodes for child in psutil.Process(n.pid).children()) == pids)  # noqa: B023
-    with pytest.raises(RecutRefused, match="the new plan needs 3 nodes, and 2 were started by hand"):
+    with pytest.raises(RecutRefused, match="the new plan needs 3 nodes, and 2 that were started by hand take part"):
         pipeline.recut(chains / "three.plan").result(60)
     stop.set()
     caller.join(60)

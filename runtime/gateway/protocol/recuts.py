@@ -6,6 +6,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
+from onnxsplit.numbers import LEAST_SPEED, MOST_SPEED
 from runtime.gateway.protocol.documents import described
 
 PlanName = Annotated[str, Meta(min_length=1, max_length=255), described(pattern="^[^/]+$")]
@@ -21,7 +22,7 @@ class RecutRequest(Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     plan: PlanName | None = None
-    devices: dict[str, Annotated[float, Meta(gt=0, le=1e6)]] = {}
+    devices: dict[str, Annotated[float, Meta(ge=LEAST_SPEED, le=MOST_SPEED)]] = {}
 
 
 class RecutSecondsDocument(Struct, frozen=True):
