@@ -169,7 +169,7 @@ def test_texts_above_the_queue_are_refused_with_429(plans):
     with Served(plans[1], "--threads", "1", "--max-queue", 1, "--max-rows", 1, environment=ENVIRONMENT) as small:
         (row,) = rows(
             f"{small.http}/v1", "--concurrency", 8, "--prompt-words", 4, "--max-tokens", 64, *QUICK,
-            "--measurement-interval", "3000", "--max-trials", "1", "--extra-inputs", "ignore_eos:true",
+            "--measurement-interval", "3000", "--extra-inputs", "ignore_eos:true",
         )  # fmt: skip
     assert row["point"]["failures"]["HTTP 429"] > 0
     assert row["point"]["latency"]["count"] > 0

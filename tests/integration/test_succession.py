@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import build
@@ -32,6 +33,7 @@ from runtime.wire.keys import create_for
 
 X = {"x": np.ones((2, 32), np.float32)}
 QUICK = Timings(beat_s=0.1, silence_s=2, loading_silence_s=5)
+PATIENT = replace(QUICK, loading_silence_s=60)
 
 SLOWLY = """
 import os, time
@@ -515,7 +517,7 @@ def test_a_successor_loads_at_idle_priority_until_it_is_ready_or_the_time_is_ove
     node = start(ipc)
     with listen(plans[0], ipc) as old:
         slow.touch()
-        new = following(plans[1], ipc, timings=Timings())  # it may be silent while others use the cores
+        new = following(plans[1], ipc, timings=PATIENT)  # others may use all cores
         places = {(0, 0): ((0, 0), 0)}
         old._coordinator.succeed(new.address, places, background_s=deadline_s).result(60)
         (successor,) = node.successors
