@@ -148,13 +148,13 @@ class Recutter:
             return problem
         if isinstance(problem, OSError):
             where = f": {os.fsdecode(problem.filename)}" if isinstance(problem.filename, str | bytes) else ""
-            return RecutFailed(
-                f"the plan was not changed, and the present one serves on: {problem.strerror or problem}{where}"
-            )
-        if not isinstance(problem, OnnxsplitError):
+            why = f"{problem.strerror or problem}{where}"
+        elif isinstance(problem, OnnxsplitError):
+            why = one_line(problem)
+        else:
             _log.error("a change of the plan failed", exc_info=problem)
-            return RecutFailed(f"the plan was not changed: {problem!r}")
-        failed = RecutFailed(f"the plan was not changed, and the present one serves on: {one_line(problem)}")
+            why = repr(problem)
+        failed = RecutFailed(f"the plan was not changed, and the present one serves on: {why}")
         failed.__cause__ = problem
         return failed
 
