@@ -10,11 +10,11 @@ as they arrive or are decompressed.
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from onnxsplit.memory import return_freed_memory
 from runtime.errors import Busy
 from runtime.gateway.receive_limit import ReceiveLimit
 
@@ -62,14 +62,12 @@ class Budget:
             self._released_bytes += size
 
     def trim(self) -> None:
-        """Return memory to the system once much was released; the C library would keep it."""
+        """Return memory to the system once much was released."""
         with self._lock:
             if self._released_bytes < _TRIM_BYTES or self.held_bytes > _TRIM_BYTES:
                 return
             self._released_bytes = 0
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
-        if trim is not None:
-            trim(0)
+        return_freed_memory()
 
     @contextmanager
     def holding(self, size: int) -> Iterator[None]:

@@ -12,7 +12,6 @@ signals on, removes the folders of successors, and writes the health file. When 
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import logging
 import os
@@ -28,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onnxsplit.errors import OnnxsplitError
-from onnxsplit.memory import free_memory_bytes
+from onnxsplit.memory import free_memory_bytes, return_freed_memory
 from runtime.background import hold_back
 from runtime.errors import ProtocolError
 from runtime.home import hold, private_folder
@@ -171,6 +170,8 @@ class Successors:
         """
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self.signalled())  # the handlers of the node refer to it
+        gc.collect()
+        return_freed_memory()
         with self._changed:
             self._own_runs, self._outcome = False, Outcome(lost)
             if not self._living:
@@ -180,7 +181,6 @@ class Successors:
                 self._changed.wait_for(lambda: all(each.served for each in self._living), _SERVED_S)
                 for draft in list(self._living):
                     self._give_up(draft)
-        _give_memory_back()
         with self._changed:
             self._changed.wait_for(lambda: not self._living)
             return self._outcome
@@ -324,10 +324,3 @@ def _signals_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _give_memory_back() -> None:
-    """Return the memory of a node that has ended to the system."""
-    gc.collect()
-    with suppress(AttributeError):  # only glibc has it
-        ctypes.CDLL(None).malloc_trim(0)

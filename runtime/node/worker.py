@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onnxsplit.errors import OnnxsplitError, PlanError, one_line
+from onnxsplit.memory import return_freed_memory
 from onnxsplit.plan import CALLER
 from runtime.balance.router import Router
 from runtime.errors import MemoryWithdrawn, ProtocolError, StageFailed
@@ -85,7 +86,9 @@ class Worker:
         """Close the session and release all memory."""
         if self._executor is not None:
             self._executor.close()
+        self._executor = self._straight = None
         self.payloads.close()
+        gc.unfreeze()
 
     def unreachable_peers(self) -> tuple[int, ...]:
         """The numbers of the targets that cannot be reached now; the router avoids them from now on."""
@@ -170,6 +173,7 @@ class Worker:
             self._straight = Straight(self.payloads, self._sender, runner, self.clock, assign, self.report)
         if plan.decoder is not None:
             self._expected_in_steps = StepGraph(plan).expected(assign.stage)
+        return_freed_memory()  # the stage's file, and weights as they were before they were packed
         log_event(
             _log, logging.INFO, "stage loaded", stage=assign.stage, replica=assign.replica, provider=assign.provider
         )
@@ -207,7 +211,7 @@ class Worker:
             return
         if self._assign.provider.startswith("cuda") and (pin := cuda_pin()) is not None:
             self.payloads.pin(pin)
-        gc.freeze()  # these objects stay, and requests make no cycles, so collections find little
+        gc.freeze()  # these objects stay until it is closed, and requests make no cycles, so collections find little
         gc.set_threshold(100_000, 50, 50)
 
     def arrival(self, header: codec.Buffer, frames: list[codec.Buffer]) -> Arrived | None:
