@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import signal
 import sys
@@ -91,6 +92,7 @@ def main() -> None:
     """Run ``onnxsplit`` and exit. A failure is one message on stderr, and an error object on stdout with ``--json``."""
     streams.prepare()
     signal.signal(signal.SIGTERM, _terminate)
+    atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)  # Python drops other handlers before it has ended
     try:
         code = _called()
         sys.stdout.flush()

@@ -233,6 +233,21 @@ def test_help_comes_at_once(python_environment):
     assert int(done.stderr) < 200
 
 
+def test_a_signal_at_the_very_end_does_not_change_the_exit_code(python_environment):
+    code = (
+        "import os, signal, sys\n"
+        "class Late:\n"
+        "    def __del__(self, kill=os.kill, own=os.getpid(), number=signal.SIGTERM):\n"
+        "        kill(own, number)\n"
+        "late = Late()\n"
+        "sys.argv = ['onnxsplit', '--version']\n"
+        "from onnxsplit.cli import main\n"
+        "main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=python_environment)
+    assert done.returncode == 0, done.stderr
+
+
 def test_importing_the_package_loads_nothing_heavy(python_environment):
     code = (
         "import onnxsplit, sys; print(sorted({'onnx', 'onnxruntime', 'networkx', 'numpy', 'torch'} & set(sys.modules)))"
