@@ -133,7 +133,7 @@ def test_hosts_load_their_own_custom_op_library_where_it_is_named(cluster, tmp_p
     )
     with Pipeline.launch(tmp_path / "m.plan", launcher=RayLauncher(made, custom_ops=[str(library)])) as pipeline:
         assert pipeline.run(given, timeout=60)["y"].tolist() == [4.0, 9.0]
-    with pytest.raises(LaunchFailed, match=r"stage [01] .*refused: .*'libops\.so'.*given: none"):
+    with pytest.raises(LaunchFailed, match=r"stage ([01]) .*refused: stage \1 .*'libops\.so'.*given: none"):
         Pipeline.launch(tmp_path / "m.plan", launcher=RayLauncher(made))
     with pytest.raises(InputError, match=r"RayLauncher\(custom_ops="):
         Pipeline.launch(tmp_path / "m.plan", launcher=RayLauncher(made), custom_ops=[library])
