@@ -246,10 +246,10 @@ class NodeProcess:
                 signal.signal(number, signal.SIG_IGN)  # what has started it gets the signal, as of Ctrl-C
             else:
                 signal.signal(number, lambda number, _: self._asked_to_end(signal.Signals(number).name))
-        self._origin.watch(self._home, self._asked_to_end)
         with Sockets(security=self._security) as sockets:
             shortcut = self._home / f"node-{os.getpid()}.fragments" if options.memory_bytes else None
             inlet = sockets.inlet(options.bind or self._default_address(), shortcut=shortcut)
+            self._origin.watch(self._home, self._asked_to_end)  # it may remove the folder, so the sockets come first
             sockets.watch(self._wakeup.fileno())
             control = ControlLink(
                 self,
