@@ -90,8 +90,14 @@ class _NodeSource:
                 "--versions at once; start another server for another plan"
             )
 
-    def check_rebalance(self, mode: str) -> None:
-        """Refuse to change plans where a second coordinator cannot listen."""
+    def check_rebalance(self, context: click.Context) -> None:
+        """Refuse to change plans where a second coordinator cannot listen, and a gain that nothing asks for."""
+        mode = context.params["rebalance"]
+        if mode == "off" and context.get_parameter_source("rebalance_gain") is ParameterSource.COMMANDLINE:
+            raise click.UsageError(
+                "--rebalance-gain says when a new cut is worth it, and --rebalance is off: add --rebalance advise or "
+                "--rebalance auto, or leave it out"
+            )
         if mode == "auto" and self.ports is not None:
             raise click.UsageError(
                 "--rebalance auto needs ports of its own for each plan, so it does not go with --ports: leave --ports "
@@ -228,7 +234,7 @@ def command(output: Output, *, plans: tuple[Path, ...], **values: Any) -> None:
 
     services, plans = read_services(plans, output.say)
     nodes.check(plans)
-    nodes.check_rebalance(values["rebalance"])
+    nodes.check_rebalance(click.get_current_context())
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     chosen = different(click.get_current_context())
     if chosen:

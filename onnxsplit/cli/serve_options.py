@@ -57,7 +57,7 @@ REBALANCE: OptionTable = [
             "type": NumberParam(0.1, 1000),
             "default": 15.0,
             "metavar": "PERCENT",
-            "help": "With --rebalance: the predicted gain from which a new cut is worth it.",
+            "help": "With --rebalance advise or auto: the predicted gain from which a new cut is worth it.",
         },
     ),
 ]

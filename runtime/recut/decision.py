@@ -149,7 +149,8 @@ class Rebalancing:
     Attributes:
         phase: what is going on.
         why: the reason for the last decision, in one sentence.
-        slowness: the slowness of every device in the last usable window.
+        slowness: the slowness of every device in the last usable window of the plan that serves; empty before there
+            is one.
         cooldown_s: time after the last re-cut in which there is no other.
     """
 
@@ -223,6 +224,7 @@ class Rebalancing:
         expected = Expected(times, plan.speeds)
         self._before, self._learning = self._learning, Learning(self._settings.drift, made, expected)
         self._start(DecisionPhase.PROVING)
+        self.slowness = {}
         self.why = "the new plan is being proved"
 
     def proved(self, kept: bool, now_ns: int) -> None:

@@ -175,6 +175,7 @@ class Rebalancer:
         made, self._made = self._made, None
         assert made is not None
         self._left = self._door.current
+        log_event(_log, logging.INFO, "changing the plan", why=self._deciding.why)
         wish = PlanWish(made=made, before=action.before)
         try:
             self._recut = self._recutter.start(wish)

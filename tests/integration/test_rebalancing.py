@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,7 +81,8 @@ def ops(pipeline: Pipeline) -> dict[str, int]:
     return {device: stage.ops for stage in pipeline.plan.stages for device in stage.devices}
 
 
-def test_a_device_that_falls_to_half_gets_fewer_ops(launch, devices):
+def test_a_device_that_falls_to_half_gets_fewer_ops(launch, devices, caplog):
+    caplog.set_level(logging.INFO)
     with launch("auto") as pipeline:
         assert ops(pipeline) == {"d0": 4, "d1": 4, "d2": 4}
         with callers(pipeline):
@@ -93,6 +96,7 @@ def test_a_device_that_falls_to_half_gets_fewer_ops(launch, devices):
             assert sum(ops(pipeline).values()) == OPS
             wait_until(lambda: set(pipeline.recuts.drift) == set(NAMES), "learning the new usual times")
             assert len(pipeline.entrance.plans) == 1
+    assert re.search(r"changing the plan.*device d0 runs at 0\.\d+ of its speed", caplog.text)
 
 
 def test_advice_names_the_device_and_changes_nothing(launch, devices):

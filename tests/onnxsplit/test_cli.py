@@ -407,6 +407,7 @@ def test_wrong_usage_is_an_object_with_json(onnxsplit):
             ["--rebalance", "auto", "--launcher", "none", "--bind", "tcp://127.0.0.1:*", "--ports", "5556,5557"],
             "it does not go with --ports: leave --ports out, or choose --rebalance advise",
         ),
+        (["--rebalance-gain", "20"], "--rebalance is off: add --rebalance advise or --rebalance auto"),
     ],
 )
 def test_changes_of_the_plan_that_cannot_work_are_wrong_usage(onnxsplit, options, words):

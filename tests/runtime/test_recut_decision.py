@@ -169,6 +169,14 @@ def test_a_stage_that_lacks_a_replica_is_not_cut_again():
 # What becomes of new plans
 
 
+def test_the_speeds_of_a_new_plan_are_told_once_its_usual_times_are_known():
+    run = DriftingPipeline([falls(60), steady, steady]).go(150)
+    swapped_s = next(at for at, drift in run.drift if at > 60 and drift == {})
+    assert swapped_s > run.recuts[0][0]
+    assert run.drift[-1][1] == {"h0": 1, "h1": 1, "h2": 1}
+    assert max(run.drift[number][1].get("h0", 0) for number in range(len(run.drift))) > 1.8
+
+
 def test_a_plan_that_turns_out_worse_is_rolled_back_and_doubles_the_cooldown():
     run = DriftingPipeline([falls(60), steady, steady], worsens=2.5).go(2100)
     assert [kept for _, kept in run.proofs] == [False, False, False]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from runtime.balance.policies import UNIT_COST
@@ -111,6 +111,7 @@ class DriftingPipeline:
         self.proofs: list[tuple[float, bool]] = []
         self.rates: list[tuple[float, int]] = []
         self.why: list[str] = []
+        self.drift: list[tuple[float, Mapping[str, float]]] = []
         self._due: list[tuple[float, Callable[[], None]]] = []
         self._after: Window | None = None
         self._swapped_s = 0.0
@@ -139,6 +140,7 @@ class DriftingPipeline:
             self._prove(window)
             self._carry_out(self.rule.look(window, self._now_ns))
             self.why.append(self.rule.why)
+            self.drift.append((self.now_s, self.rule.slowness))
             for due in [each for each in self._due if each[0] <= self.now_s]:
                 self._due.remove(due)
                 due[1]()
