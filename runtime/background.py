@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import threading
 from contextlib import suppress
 from functools import cache
@@ -61,6 +62,24 @@ def hold_back(pid: int, seconds: float) -> threading.Timer | None:
     timer.daemon = True
     timer.start()
     return timer
+
+
+def come_forward_at_the_end_of(lifeline: int) -> None:
+    """Return this process to normal priority when what has started it, and would do that, has ended.
+
+    At idle priority, this process might otherwise not end for minutes on a busy host.
+
+    Args:
+        lifeline: a descriptor whose other end is closed when what has started this process ends.
+    """
+
+    def watch() -> None:
+        ending = select.poll()
+        ending.register(lifeline, 0)  # hang-ups are always reported
+        ending.poll()
+        bring_forward(os.getpid())
+
+    threading.Thread(target=watch, name="priority", daemon=True).start()
 
 
 def bring_forward(pid: int) -> None:

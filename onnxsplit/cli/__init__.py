@@ -92,7 +92,8 @@ def main() -> None:
     """Run ``onnxsplit`` and exit. A failure is one message on stderr, and an error object on stdout with ``--json``."""
     streams.prepare()
     signal.signal(signal.SIGTERM, _terminate)
-    atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)  # Python drops other handlers before it has ended
+    for number in (signal.SIGTERM, signal.SIGINT):  # Python drops other handlers before it has ended
+        atexit.register(signal.signal, number, signal.SIG_IGN)
     try:
         code = _called()
         sys.stdout.flush()

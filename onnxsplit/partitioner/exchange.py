@@ -53,13 +53,16 @@ def improve(
 def rearranged(problem: Problem, start: Partition, *, stop: Callable[[], bool] = lambda: False) -> Partition:
     """Improve a partition by exchanging two devices of different stages, or a used device for an idle one.
 
-    Stages keep their atoms and their number of replicas. A round judges O(d^2) exchanges of d devices.
+    Stages keep their atoms and their number of replicas, and all replicas of a stage are of one kind. A round judges
+    O(d^2) exchanges of d devices.
     """
     best, best_score = start, score(problem, start)
     improved = True
     while improved and not stop():
         improved = False
         for devices in _exchanges(best.devices, len(problem.devices)):
+            if any(problem.devices[d] != problem.devices[members[0]] for members in devices for d in members):
+                continue
             candidate = Partition(best.stage_of, devices)
             figures = score(problem, candidate)
             if _better(figures, best_score):

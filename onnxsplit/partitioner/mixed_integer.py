@@ -156,10 +156,13 @@ class _Model:
         problem, stages, writer = self._problem, self._stages, transfer.writer
         cost = transfer.arrival_ns(problem.link) / 1000
         if transfer.to_caller:
+            answer = transfer.answer_ns(problem.link) / 1000
             for k in range(stages):
-                loads[k].append((self._x(writer, k), transfer.answer_ns(problem.link) / 1000))
-            if problem.send_once:
-                return
+                loads[k].append((self._x(writer, k), answer))
+            if problem.send_once:  # the dearer way is paid
+                cost = max(0.0, cost - answer)
+        if not cost:
+            return
         for k in range(stages - 1):
             sent = self._columns(1)[0]
             loads[k].append((sent, cost))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -188,10 +189,11 @@ class Score:
     """The figures of a partition. All times are for one request, in nanoseconds.
 
     Attributes:
-        compute_ns: for each stage, compute time on one replica.
+        compute_ns: for each stage, compute time on its slowest replica.
         transfer_ns: for each stage, time of the tensors it sends and receives.
         stage_ns: for each stage, its time divided by its replicas: compute plus transfers, or the larger of the two
-            where the link moves tensors while the device computes; and the overhead of a request.
+            where the link moves tensors while the device computes; and the overhead of a request. Replicas of different
+            speeds share the requests so that all are busy: 1 over the sum of their rates.
         host_ns: the least time between two requests that the cores of the caller's host allow; 0 if not known.
         latency_ns: the longest path over the stages.
         memory_bytes: for each stage, the memory it needs; empty when memory is neither limited nor the objective.
@@ -276,7 +278,8 @@ def score(problem: Problem, partition: Partition) -> Score:
     total = [max(c + b, o) + node_ns for c, b, o in zip(compute, blocking, overlapped, strict=True)]
     path = [c + b + o + node_ns for c, b, o in zip(compute, blocking, overlapped, strict=True)]
     memory = stage_memory(problem, stage_of, stages) if problem.capped or problem.objective == "memory" else ()
-    stage_ns = tuple(-(-time_ns // len(devices)) for time_ns, devices in zip(total, partition.devices, strict=True))
+    besides = [(b + node_ns, o + node_ns) for b, o in zip(blocking, overlapped, strict=True)]
+    stage_ns = tuple(_stage_ns(problem, partition, stage, total[stage], *besides[stage]) for stage in range(stages))
     return Score(
         compute_ns=tuple(compute),
         transfer_ns=tuple(b + o for b, o in zip(blocking, overlapped, strict=True)),
@@ -308,9 +311,31 @@ def _latency_ns(
 
 
 def _slowest(problem: Problem, devices: tuple[int, ...]) -> Sequence[int]:
-    """The largest time of each atom over the devices of a stage; every replica is taken to be that slow."""
+    """The largest time of each atom over the devices of a stage."""
     rows = {problem.devices[device]: problem.kind_of(device).time_ns for device in devices}
     return next(iter(rows.values())) if len(rows) == 1 else [max(column) for column in zip(*rows.values(), strict=True)]
+
+
+def _stage_ns(
+    problem: Problem, partition: Partition, stage: int, total_ns: int, blocking_ns: int, overlapped_ns: int
+) -> int:
+    """The time between two requests of a stage whose replicas are all busy, in nanoseconds.
+
+    Args:
+        problem: the problem.
+        partition: the partition.
+        stage: the stage.
+        total_ns: the time of a request on the slowest replica.
+        blocking_ns: time that a replica spends on a request besides the computation.
+        overlapped_ns: time that a request takes at least, whatever it computes.
+    """
+    kinds = [problem.devices[device] for device in partition.devices[stage]]
+    if len(set(kinds)) == 1:
+        return -(-total_ns // len(kinds))
+    atoms = [atom for atom, home in enumerate(partition.stage_of) if home == stage]
+    compute = {kind: sum(problem.kinds[kind].time_ns[atom] for atom in atoms) for kind in set(kinds)}
+    times = [max(compute[kind] + blocking_ns, overlapped_ns, 1) for kind in kinds]
+    return math.ceil(1 / sum(1 / time_ns for time_ns in times))
 
 
 def _feasible(problem: Problem, partition: Partition, compute: Sequence[int], memory: Sequence[int]) -> bool:

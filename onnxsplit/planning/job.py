@@ -12,15 +12,19 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from onnxsplit.errors import OnnxsplitError, one_line
-from onnxsplit.planning.replan import StageTime, replan
-from onnxsplit.stages.same_model import why_not_same
+
+if TYPE_CHECKING:
+    from onnxsplit.planning.replan import StageTime
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Do the work that the arguments describe; returns the exit code."""
+    """Do the work that the arguments describe; returns the exit code.
+
+    At the lowest priority, the imports of the work take long on a busy host, so they come after the watch.
+    """
     threading.Thread(target=_end_with_parent, daemon=True).start()
     job = json.loads(arguments[0])
     try:
@@ -33,6 +37,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _replan(plan: str, out: str, speeds: Mapping[str, float], stage_times_ns: Sequence[int] | None) -> dict[str, Any]:
+    from onnxsplit.planning.replan import replan
+
     try:
         found = replan(plan, out=out, speeds=speeds, stage_times_ns=stage_times_ns)
     except BaseException:
@@ -57,6 +63,8 @@ def _at_full_speed(stages: Sequence[StageTime], speeds: Mapping[str, float]) -> 
 
 
 def _compare(one: str, other: str) -> dict[str, Any]:
+    from onnxsplit.stages.same_model import why_not_same
+
     return {"why_not": why_not_same(one, other)}
 
 

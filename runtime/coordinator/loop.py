@@ -98,14 +98,9 @@ class Coordinator:
             limits=setup.sequences,
         )
         self._links = DataLinks(setup.plan, self._machine, self._payloads, self._router)
+        replay, trace = setup.attempts > 1, setup.trace
         self.requests = RequestIO(
-            setup.plan,
-            self._machine,
-            self._payloads,
-            self._links,
-            self._inbox,
-            replay=setup.attempts > 1,
-            trace=setup.trace,
+            setup.plan, self._machine, self._payloads, self._links, self._inbox, replay=replay, trace=trace
         )
         self._detector = FailureDetector(setup.timings)
         self._control: NodeController | None = None
@@ -113,6 +108,7 @@ class Coordinator:
         self._results: ResultTaker | None = None
         self._turned_s = math.inf  # when the thread last monitored its nodes; infinite before the first time
         self._held: int | None = None
+        self._begin_lock = threading.Lock()
         self._ready: Future[str] = Future()
         self._drained: Future[None] = Future()
         self._progress = Progress(setup.progress)
@@ -122,11 +118,16 @@ class Coordinator:
 
     def start(self) -> Future[str]:
         """Start the thread. The future gives the address to which nodes connect, once all are ready, or an error."""
-        self._thread.start()
+        with self._begin_lock:
+            if not self._ready.done():  # else it was closed before
+                self._thread.start()
         return self._ready
 
     def close(self) -> None:
         """Stop the nodes, fail the requests in flight, and end the thread. Returns when all processes have ended."""
+        with self._begin_lock:
+            if self._thread.ident is None and not self._ready.done():  # it was never started
+                self._finish(None)
         if self._thread.is_alive():
             self._inbox.post(CloseAsked())
             if not self.requests.delivering and threading.current_thread() is not self._thread:

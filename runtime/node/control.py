@@ -103,6 +103,7 @@ class ControlLink(threading.Thread):
         self._patience_s = patience_s
         self._outbox: deque[NodeControl] = deque([hello])
         self._wakeup = Wakeup()
+        self._wakeup_lock = threading.Lock()  # held to ring and to close it
         self._ending = False
         self._assigned = False
         self._beat_s, self._silence_s = Timings().beat_s, Timings().silence_s
@@ -110,13 +111,17 @@ class ControlLink(threading.Thread):
     def say(self, message: NodeControl) -> None:
         """Queue a message. Thread-safe."""
         self._outbox.append(message)
-        self._wakeup.ring()
+        self._ring()
 
     def end(self) -> None:
         """Send the queued messages, and end the thread."""
         self._ending = True
-        self._wakeup.ring()
+        self._ring()
         self.join(_JOIN_S)
+
+    def _ring(self) -> None:
+        with self._wakeup_lock:
+            self._wakeup.ring()
 
     def run(self) -> None:
         """Run until the node ends. Any failure here ends the node, which must not run without this thread."""
@@ -125,6 +130,9 @@ class ControlLink(threading.Thread):
         except Exception as error:
             _log.exception("the link to the coordinator failed")
             self._node.be_refused(f"the link to the coordinator at {self._address} failed: {error}")
+        finally:
+            with self._wakeup_lock:
+                self._wakeup.close()
 
     def _speak(self) -> None:
         with Sockets(linger_s=0.5, security=self._security) as sockets:

@@ -120,17 +120,18 @@ class Recutter:
         change = Change(wish, old=self._door.current)
         try:
             recut = self._carried_out(change)
-            result = "kept" if recut.kept else "rolled_back" if change.swapped else "no_gain"
-            self.counts[result] += 1
-            self.last = recut.why
-            log_event(_log, logging.INFO, "plan changed" if recut.kept else "plan not changed", why=recut.why)
-            future.set_result(recut)
         except BaseException as problem:
             error = self._given_up(change, problem)
             self.counts["refused" if isinstance(error, RecutRefused) else "failed"] += 1
             self.last = str(error)
             log_event(_log, logging.WARNING, "plan not changed", why=error)
             future.set_exception(error)
+        else:
+            result = "kept" if recut.kept else "rolled_back" if change.swapped else "no_gain"
+            self.counts[result] += 1
+            self.last = recut.why
+            log_event(_log, logging.INFO, "plan changed" if recut.kept else "plan not changed", why=recut.why)
+            future.set_result(recut)
 
     def _given_up(self, change: Change, problem: BaseException) -> PipelineError:
         """End what was begun, and go on with the old plan; returns the error for the caller."""

@@ -154,7 +154,10 @@ def test_a_node_that_was_replaced_waits_as_a_spare_and_takes_the_next_place(plan
     with Pipeline.listen(plan, bind=address, start_timeout=60, timings=QUICK) as pipeline:
         spare = start(address)
         wait_for(lambda: "asking again for 60 s" in spare.said)
+        node = psutil.Process(spare.process.pid)
+        descriptors = node.num_fds()
         time.sleep(2)  # it asks about three more times
+        wait_for(lambda: node.num_fds() <= descriptors)
         assert spare.said.count("no node is wanted") == 1
         assert len([r for r in caplog.records if "no node is wanted" in r.getMessage()]) == 1
         old.signal(signal.SIGSTOP)

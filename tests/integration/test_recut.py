@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -17,12 +18,14 @@ from pathlib import Path
 import build
 import numpy as np
 import ports
+import psutil
 import pytest
 from onnx import numpy_helper
 from waiting import wait_until
 
 import onnxsplit
 from onnxsplit import InputError, Pipeline, PipelineClosed, RecutFailed, RecutRefused, StageUnavailable
+from runtime.recut.beside import PlanBeside
 from runtime.recut.phases import TRANSITIONS, RecutPhase
 from runtime.transition_table import Machine
 
@@ -295,6 +298,35 @@ def test_a_dropped_pipeline_ends_what_it_has_begun(plans):
         recut.result(60)
     wait_until(lambda: door.current.coordinator.ended)
     wait_until(lambda: len(door.plans) == 1)
+
+
+def pipeline_folders() -> set[Path]:
+    return set(Path(tempfile.gettempdir()).glob("onnxsplit-*"))
+
+
+def test_a_plan_whose_pipeline_ends_before_it_starts_leaves_no_folder_or_descriptor(plans, monkeypatch):
+    def late(self, *args):
+        made(self, *args)
+        door.close_when_drained()
+
+    with Pipeline.launch(plans["early"], threads=1) as pipeline:
+        door, made = pipeline.entrance, PlanBeside.__init__
+        folders, descriptors = pipeline_folders(), psutil.Process().num_fds()
+        monkeypatch.setattr(PlanBeside, "__init__", late)
+        with pytest.raises(PipelineClosed):
+            pipeline.recut(plans["late"]).result(60)
+        wait_until(lambda: pipeline_folders() <= folders)
+        wait_until(lambda: psutil.Process().num_fds() <= descriptors)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_caller_s_function_may_end_its_thread(pipeline, plans):
+    recut = pipeline.recut(plans["late"])
+    recut.add_done_callback(lambda _: sys.exit(3))
+    assert recut.result(120).kept
+    wait_until(lambda: pipeline.recuts.phase == "steady")
+    assert pipeline.run({"x": X}, timeout=60)
+    assert sum(pipeline.recuts.results.values()) == 1
 
 
 def test_it_is_said_why_a_node_by_hand_does_not_start_its_successor(plans, tmp_path, free_port, python_environment):

@@ -531,6 +531,30 @@ def test_a_successor_loads_at_idle_priority_until_it_is_ready_or_the_time_is_ove
         assert priorities(psutil.Process(node.process.pid)) == {os.SCHED_OTHER}
 
 
+@pytest.mark.skipif(not may_return(), reason="this user may not leave idle priority again")
+def test_a_process_at_idle_priority_returns_to_normal_priority_when_what_has_started_it_ends(python_environment):
+    code = (
+        "import os, time\n"
+        "from runtime.background import come_forward_at_the_end_of\n"
+        "os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))\n"
+        "come_forward_at_the_end_of(0)\n"
+        "print(os.sched_getscheduler(0), flush=True)\n"
+        "while os.sched_getscheduler(0) == os.SCHED_IDLE:\n"
+        "    time.sleep(0.01)\n"
+        "print(os.sched_getscheduler(0), flush=True)"
+    )
+    command, pipe = [sys.executable, "-c", code], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, env=python_environment) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            assert int(process.stdout.readline()) == os.SCHED_IDLE
+            process.stdin.close()
+            assert int(process.stdout.readline()) == os.SCHED_OTHER
+        finally:
+            process.kill()
+
+
 def test_a_second_request_takes_the_place_of_the_first(plans, ipc, start, following, slow):
     node = start(ipc)
     with listen(plans[0], ipc) as old:

@@ -233,11 +233,12 @@ def test_help_comes_at_once(python_environment):
     assert int(done.stderr) < 200
 
 
-def test_a_signal_at_the_very_end_does_not_change_the_exit_code(python_environment):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_at_the_very_end_does_not_change_the_exit_code(python_environment, name):
     code = (
         "import os, signal, sys\n"
         "class Late:\n"
-        "    def __del__(self, kill=os.kill, own=os.getpid(), number=signal.SIGTERM):\n"
+        f"    def __del__(self, kill=os.kill, own=os.getpid(), number=signal.{name}):\n"
         "        kill(own, number)\n"
         "late = Late()\n"
         "sys.argv = ['onnxsplit', '--version']\n"

@@ -157,6 +157,12 @@ def test_the_latency_is_the_smallest_there_is(problem, stages):
     check(problem, stages, certain=True)
 
 
+def test_a_tensor_that_is_sent_once_costs_its_dearest_way():
+    """The caller gets the tensor as it is, and the next stage gets it converted, which takes longer."""
+    converted = Transfer(0, (1,), 0, to_caller=True, ways=(Way(0, 1),))
+    check(alike((0, 0), (converted,), send_once=True, objective="latency"), 2, certain=True)
+
+
 @settings(max_examples=60)
 @given(problems(atoms=6, objective="memory"), st.integers(1, 3))
 def test_the_largest_need_of_memory(problem, stages):
@@ -241,6 +247,14 @@ def test_replicas_share_the_requests_of_a_stage():
     whole = search(problem, line_up(problem, None, "data"), THOROUGH)
     assert whole.partition == Partition((0, 0), ((0, 1, 2, 3),))
     assert whole.score.value == 10
+
+
+def test_replicas_of_different_speeds_answer_as_many_as_all_of_them_together():
+    kinds = (DeviceKind((4, 6)), DeviceKind((40, 60)))
+    problem = replace(alike((4, 6), [Transfer(0, (1,), 2)]), kinds=kinds, devices=(0, 0, 1))
+    assert score(problem, Partition((0, 0), ((0, 2),))).stage_ns == (10,)  # 1 / (1/10 + 1/100), rounded up
+    assert score(problem, Partition((0, 0), ((0, 1, 2),))).stage_ns == (5,)
+    assert score(problem, Partition((0, 1), ((0, 2), (1,)))).stage_ns == (6, 8)  # 1 / (1/6 + 1/42), and 6 + 2
 
 
 def test_latency_is_the_longest_path():

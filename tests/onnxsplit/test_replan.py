@@ -174,6 +174,18 @@ def test_too_small_a_gain_writes_nothing(chain, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_slow_replica_is_not_dropped_where_it_helps(tmp_path):
+    cluster = Cluster((Device("a", "h1"), Device("b", "h2")), {("h1", "h2"): Link(bytes_per_s=10**12)})
+    (tmp_path / "cluster.toml").write_text(cluster.to_toml())
+    _, plan = cut(build.chain(8, WIDE), tmp_path, stages=None, parallel="data", cluster=tmp_path / "cluster.toml")
+    assert load_plan(plan).stages[0].replicas == 2
+    usual_ns = again(plan).old_ns
+    for speed in (0.4, 0.1):
+        found = again(plan, {"a": speed})
+        assert (found.folder, found.gain) == (None, 1.0)
+        assert found.old_ns == pytest.approx(usual_ns * 2 / (1 + speed), rel=0.05)
+
+
 @settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(st.integers(0, 40), st.lists(st.floats(0.05, 20), min_size=3, max_size=3))
 def test_a_new_plan_is_never_worse_and_scores_as_it_says(tmp_path_factory, seed, speeds):
