@@ -201,7 +201,7 @@ class NodeProcess:
         if self._options.lifeline:
             self._lost = self._options.succeeds
             self.end_soon(reason)
-        elif not self.rejoins and not self._refused:
+        elif not self.rejoins and not self._refused and self._exit is None:  # else another coordinator is there already
             self.rejoins = True
             self._end_within(max(_EXIT_GRACE_S, self._options.rejoin_s), reason)
 

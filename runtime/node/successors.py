@@ -21,6 +21,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ from runtime.wire.security import Security, check_address
 _MIB = 1 << 20
 _KILL_S = 5.0  # time for successors to end after a repeated signal
 _SERVED_S = 5.0  # time in which a successor that serves has said so
+_ENDING_S = 3.0  # the time that the own node may take to end, and a little more
 _KILLED_S = 2.0  # time for one that was killed to be gone
 _log = logging.getLogger("runtime.node")
 
@@ -119,6 +121,7 @@ class Successors:
         self._count = 0
         self._own_runs = True
         self._outcome = Outcome()
+        self._died: tuple[float, int] | None = None  # when one that served died beside the own node, and its exit code
         self._changed = threading.Condition()
         self.asked = threading.Event()
 
@@ -127,7 +130,7 @@ class Successors:
     def watch(self, home: Path, told: Told) -> None:  # noqa: ARG002
         """Note that the process runs a node itself from now on."""
         with self._changed:
-            self._own_runs = True
+            self._own_runs, self._died = True, None
 
     def succeed(self, wish: Succeed, say: Say) -> None:
         """Start a successor of the own node."""
@@ -175,7 +178,10 @@ class Successors:
         with self._changed:
             self._own_runs, self._outcome = False, Outcome(lost)
             if not self._living:
-                return None
+                if lost or self._died is None or time.monotonic() - self._died[0] > _ENDING_S:
+                    return None
+                self._outcome.note(self._died[1], is_last=True)  # it served while the own node was ending
+                return self._outcome
             _log.info("waiting for its successor, process %d", self._living[-1].process.pid)
             if not lost:  # the coordinator has closed: either another plan serves now, or its successor is of no use
                 self._changed.wait_for(lambda: all(each.served for each in self._living), _SERVED_S)
@@ -314,6 +320,8 @@ class Successors:
         was_told = (self.asked.is_set() or successor.given_up) and not successor.served
         if not self._own_runs and index == 0 and not was_told:
             self._outcome.note(code, is_last=not self._living)
+        elif self._own_runs and successor.served and not was_told and code:
+            self._died = time.monotonic(), code
 
 
 @contextmanager

@@ -48,6 +48,17 @@ if os.path.exists(os.environ.get("SLOW", "")) and "--succeeds" in __import__("sy
 """
 
 
+ENDS_LATE = """
+import time
+from runtime.node.worker import Worker
+plain = Worker.close
+def close(self):
+    plain(self)
+    time.sleep(1)
+Worker.close = close
+"""
+
+
 HANGS = """
 import os, time
 if "HANG" in os.environ and "--succeeds" not in __import__("sys").orig_argv:
@@ -315,6 +326,17 @@ def test_a_killed_successor_ends_the_first_process_whose_supervisor_starts_it_ag
         again = start(address)
         assert answers(pipeline, plans[1])
         assert pipeline.nodes[0].pid == again.process.pid
+
+
+def test_a_successor_that_is_killed_while_the_own_node_still_ends_ends_the_first_process_too(
+    plans, ipc, start, following, patched
+):
+    patched(ENDS_LATE)
+    node = start(ipc)
+    with change(listen(plans[0], ipc), following, plans[1], ipc):
+        node.successors[0].kill()
+        assert node.exit_code() == 128 + signal.SIGKILL, node.said
+        assert "waiting for its successor" not in node.said
 
 
 @pytest.mark.parametrize("to_all", [False, True], ids=["to the first", "to all, as systemd does"])
