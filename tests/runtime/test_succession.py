@@ -298,7 +298,9 @@ def test_a_local_launcher_beside_another_has_its_own_folder_and_loads_first_node
         commands = []
         for _ in range(2):
             handle = second.start(connect="ipc:///nowhere", stage=0, replica=0, number=1)
-            commands.append(Path(f"/proc/{handle.pid}/cmdline").read_text().split("\0"))
+            command = Path(f"/proc/{handle.pid}/cmdline")  # the kernel fills it in a little after the start
+            wait_until(lambda command=command: command.read_text() != "")
+            commands.append(command.read_text().split("\0"))
             handle.kill()
             handle.end(60)
         assert ["--background" in words for words in commands] == [True, False]
